@@ -1,0 +1,59 @@
+# `make help` lists the verbs. Every verb does its own set-up.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+UV := $(BIN)/uv
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint format type-check lock bench ui clean
+
+help: ## list the verbs
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY) ## make .venv and fill it from requirements.lock
+
+# Compiling byte code once here keeps it out of the start of every Ray worker.
+$(READY): requirements.lock pyproject.toml
+	@echo "setting up .venv (about 6 GB with torch's CUDA libraries; minutes on the first call)"
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, found " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-uv.lock
+	UV_COMPILE_BYTECODE=1 $(UV) pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(READY) ## generate scenes, train on them on two workers, show the result (about 10 minutes)
+	$(BIN)/mimiclab demo
+
+ui: $(READY) ## MLflow's pages of the runs made here
+	$(BIN)/mimiclab ui
+
+test: $(READY) ## all tests but the slow suites
+	$(BIN)/pytest
+
+test-fast: $(READY) ## tests that need neither a cluster nor a server
+	$(BIN)/pytest -m "not cluster and not server"
+
+lint: $(READY) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type-check: $(READY) ## mypy, strict
+	$(BIN)/mypy
+
+bench: $(READY) ## the short form of the benchmarks
+	$(BIN)/python experiments/benchmarks/inference.py
+
+clean: ## remove caches and build outputs; runs, data and .venv stay
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis test-output dist
+	find models platform tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +
+
+lock: ## renew requirements.lock and requirements-uv.lock from pyproject.toml
+	test -x $(UV) || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv; }
+	echo uv | $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --upgrade --python-version 3.11 - -o requirements-uv.lock
+	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --upgrade --python-version 3.11 --extra dev pyproject.toml -o requirements.lock
