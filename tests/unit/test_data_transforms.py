@@ -1,0 +1,112 @@
+"""Sizes and geometry: boxes follow their pixels."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mimiclab.data.order import FLIP, sample_key, uniform
+from mimiclab.data.transforms import augment, padded_size, resize, resized_size
+
+RED = torch.tensor([200, 10, 20], dtype=torch.uint8)
+
+
+def picture(width: int, height: int, box: tuple[int, int, int, int]) -> Tensor:
+    """A black image with a red rectangle."""
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    x1, y1, x2, y2 = box
+    image[:, y1:y2, x1:x2] = RED[:, None, None]
+    return image
+
+
+def key_that(flips: bool) -> int:
+    keys = (sample_key(0, step, 0) for step in range(100))
+    return next(key for key in keys if (uniform(key, FLIP) < 0.5) == flips)
+
+
+@pytest.mark.parametrize(
+    ("size", "bounds", "expected"),
+    [
+        ((640, 480), (240, 320), (320, 240)),
+        ((480, 640), (240, 320), (240, 320)),
+        ((640, 480), (800, 1333), (1067, 800)),
+        ((500, 375), (600, 1000), (800, 600)),
+        ((1000, 100), (240, 320), (320, 32)),
+        ((3000, 1), (240, 320), (320, 1)),
+        ((128, 128), (128, 128), (128, 128)),
+    ],
+)
+def test_resized_size(size: tuple[int, int], bounds: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert resized_size(*size, *bounds) == expected
+
+
+@given(
+    width=st.integers(1, 5000),
+    height=st.integers(1, 5000),
+    short=st.integers(1, 900),
+    more=st.integers(0, 900),
+)
+def test_resized_size_meets_one_bound_and_keeps_the_aspect(width: int, height: int, short: int, more: int) -> None:
+    long = short + more
+    new_width, new_height = resized_size(width, height, short, long)
+    small, large = sorted((new_width, new_height))
+    assert small <= short
+    assert large <= long
+    assert small == short or large == long
+    scale = min(short / min(width, height), long / max(width, height))
+    assert abs(new_width - max(1, width * scale)) <= 0.501
+    assert abs(new_height - max(1, height * scale)) <= 0.501
+
+
+def test_padded_size_holds_every_image() -> None:
+    assert padded_size([(320, 240), (240, 310)]) == (320, 320)
+    assert padded_size([(33, 64)]) == (64, 64)
+    assert padded_size([(33, 65)], divisor=16) == (80, 48)
+
+
+def test_a_resized_box_holds_the_same_pixels() -> None:
+    image, boxes = resize(picture(40, 20, (8, 4, 24, 16)), torch.tensor([[8.0, 4, 24, 16]]), (80, 60))
+    assert image.shape == (3, 60, 80)
+    assert image.dtype == torch.uint8
+    assert boxes.tolist() == [[16, 12, 48, 48]]
+    # Two pixels away from the blurred edge.
+    assert (image[:, 14:46, 18:46] == RED[:, None, None]).all()
+    outside = image.clone()
+    outside[:, 10:50, 14:50] = 0
+    assert not outside.any()
+
+
+def test_a_box_at_the_border_stays_at_the_border() -> None:
+    for width, new in ((641, 213), (333, 800), (7, 1333)):
+        _, boxes = resize(torch.zeros(3, 5, width, dtype=torch.uint8), torch.tensor([[0.0, 0, width, 5]]), (new, 9))
+        assert boxes.tolist() == [[0, 0, new, 9]]
+
+
+def test_a_flip_moves_the_box_with_its_pixels() -> None:
+    image = picture(31, 20, (3, 4, 10, 16))
+    flipped, boxes = augment(image, torch.tensor([[3.0, 4, 10, 16]]), key_that(flips=True))
+    x1, y1, x2, y2 = boxes[0].int().tolist()
+    assert (x1, y1, x2, y2) == (21, 4, 28, 16)
+    assert (flipped[:, y1:y2, x1:x2] == RED[:, None, None]).all()
+    flipped[:, y1:y2, x1:x2] = 0
+    assert not flipped.any()
+
+
+def test_without_a_flip_nothing_changes() -> None:
+    image, box = picture(31, 20, (3, 4, 10, 16)), torch.tensor([[3.0, 4, 10, 16]])
+    same, boxes = augment(image, box, key_that(flips=False))
+    assert torch.equal(same, image)
+    assert torch.equal(boxes, box)
+
+
+def test_a_flip_takes_images_without_boxes() -> None:
+    _, boxes = augment(picture(8, 8, (0, 0, 1, 1)), torch.zeros(0, 4), key_that(flips=True))
+    assert boxes.shape == (0, 4)
+
+
+@pytest.mark.parametrize(("probability", "expected"), [(0.0, 0), (0.5, 200), (1.0, 400)])
+def test_the_share_of_flips_is_the_probability(probability: float, expected: int) -> None:
+    image, box = picture(4, 4, (0, 0, 1, 1)), torch.tensor([[0.0, 0, 1, 1]])
+    flips = sum(bool(augment(image, box, sample_key(1, step, 0), probability)[1][0, 0] > 0) for step in range(400))
+    assert abs(flips - expected) <= (40 if 0 < expected < 400 else 0)
