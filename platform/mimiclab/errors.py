@@ -1,0 +1,9 @@
+"""What a user got wrong, as opposed to a bug."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend.
+
+    The message names the file, key or image, what was found and what was expected. The command
+    line prints it without a traceback and exits with 2.
+    """

@@ -1,0 +1,194 @@
+"""What an experiment file may say: sections, keys, types, defaults and the checks between them.
+
+Frozen pydantic models; a key that is not listed here is an error. The `model:` and `optim:` sections
+are the dataclasses that the detector and the engine take, embedded as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Annotated, get_args, get_type_hints
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from mimicdet.config import ModelConfig
+from mimiclab.optim import OptimConfig
+
+Text = Annotated[str, Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Split(_Section):
+    """One part of a data set in COCO's format."""
+
+    annotations: Text
+    """Path of the JSON file."""
+    images: Text
+    """Folder that the file names in it are relative to."""
+
+
+class Scenes(_Section):
+    """A synthetic data set of drawn scenes, made when it is first needed."""
+
+    root: Text = "./runs/data"
+    """Folder that generated sets are kept in."""
+    seed: Seed = 0
+    train: PositiveInt = 400
+    val: PositiveInt = 80
+    """How many images each split holds."""
+    size: Annotated[int, Field(ge=32)] = 128
+    """Side of an image, in pixels."""
+
+
+class Resize(_Section):
+    """Images keep their aspect: the short side becomes `short` unless the long one would pass `long`."""
+
+    short: PositiveInt = 800
+    long: PositiveInt = 1333
+
+    @model_validator(mode="after")
+    def _check(self) -> Resize:
+        if self.short > self.long:
+            raise ValueError(f"short must not be above long, found short {self.short} and long {self.long}")
+        return self
+
+
+class DataConfig(_Section):
+    """The images: either `train` and `val`, or `scenes`."""
+
+    train: Split | None = None
+    val: Split | None = None
+    scenes: Scenes | None = None
+    resize: Resize = Resize()
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Probability that a training image is mirrored."""
+    loader_processes: NonNegativeInt = 0
+    """Processes per worker that read images ahead; 0 reads in the worker itself."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        given = [name for name in ("train", "val", "scenes") if getattr(self, name) is not None]
+        if given not in (["train", "val"], ["scenes"]):
+            found = " and ".join(given) or "none of them"
+            raise ValueError(f"either scenes, or both train and val, must be given; found {found}")
+        return self
+
+
+class EvalConfig(_Section):
+    """Evaluation on the validation split during training, and by `evaluate`."""
+
+    every_epochs: PositiveInt = 1
+    batch_size: PositiveInt = 8
+    """Images per worker and pass."""
+    teacher_topk: PositiveInt = 300
+    """Proposals per image that the teacher is evaluated on."""
+    num_pictures: NonNegativeInt = 8
+    """Validation images that are logged with their detections."""
+
+
+class CheckpointConfig(_Section):
+    """How often the state of a run is written, and how much of it is kept."""
+
+    every_steps: PositiveInt = 50
+    keep: PositiveInt = 2
+    """How many of the newest checkpoints are kept."""
+
+
+class ScaleConfig(_Section):
+    """How large: the speed of a run, not what it computes."""
+
+    workers: PositiveInt = 1
+    gpu: bool = False
+    """One GPU per worker."""
+    threads: PositiveInt = 1
+    """CPU threads per worker."""
+
+
+class WhereConfig(_Section):
+    """Where results go."""
+
+    storage: Text = "./runs"
+    """Folder, or URI of a bucket, that runs are kept in."""
+    tracking: Text = "sqlite:///mlflow.db"
+    """MLflow's tracking URI."""
+    project: Text = "mimiclab"
+    """Name of the MLflow experiment that runs are listed under."""
+
+
+class Experiment(_Section):
+    """A whole experiment file, validated."""
+
+    name: str
+    """Of the run; becomes the name of a folder."""
+    seed: Seed = 0
+    data: DataConfig
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    scale: ScaleConfig = ScaleConfig()
+    where: WhereConfig = WhereConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+            raise ValueError(
+                "expected 1 to 100 letters, digits, '.', '_' or '-', the first a letter or a digit (it names "
+                f"a folder), found {name!r}"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _check(self) -> Experiment:
+        if self.optim.global_batch < self.scale.workers:
+            raise ValueError(
+                "every worker needs an image of each step: optim.global_batch must be at least "
+                f"scale.workers, found optim.global_batch {self.optim.global_batch} "
+                f"and scale.workers {self.scale.workers}"
+            )
+        return self
+
+
+PATH_KEYS = (
+    "data.train.annotations",
+    "data.train.images",
+    "data.val.annotations",
+    "data.val.images",
+    "data.scenes.root",
+    "model.backbone.weights",
+    "where.storage",
+    "where.tracking",
+)
+"""Keys whose values may hold `$VARIABLES` and a leading `~`."""
+
+
+def known_keys(section: object = Experiment, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted name of every section and key below `section`."""
+    for name, annotation in _keys_of(section).items():
+        yield prefix + name
+        for option in (annotation, *get_args(annotation)):  # also the sections that may be null
+            yield from known_keys(option, f"{prefix}{name}.")
+
+
+def _keys_of(section: object) -> dict[str, object]:
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        return {name: field.annotation for name, field in section.model_fields.items()}
+    if isinstance(section, type) and is_dataclass(section):
+        hints = get_type_hints(section)
+        return {field.name: hints[field.name] for field in fields(section)}
+    return {}
