@@ -1,0 +1,77 @@
+"""The address of a tracking store: a sqlite file on this machine, or an MLflow server."""
+
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from mimiclab.errors import UserError
+
+_SQLITE = "sqlite:///"
+_EXPECTED = "expected sqlite:///PATH or the http(s):// address of an MLflow server"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The absolute path of a sqlite store's file; None for any other store."""
+    # abspath, not resolve: a linked folder is meant to be followed at the time of writing.
+    return Path(os.path.abspath(uri.removeprefix(_SQLITE))) if uri.startswith(_SQLITE) else None  # noqa: PTH100
+
+
+def absolute_uri(uri: str) -> str:
+    """The same store from any working directory: workers run in folders of their own."""
+    path = sqlite_path(uri)
+    return uri if path is None else f"{_SQLITE}{path}"
+
+
+def artifact_folder(database: Path) -> Path:
+    """Where the pictures and files of a sqlite store lie: next to it, at an absolute path."""
+    return database.with_name(f"{database.stem}-artifacts")
+
+
+def check_tracking(uri: str, timeout_s: float = 5) -> None:
+    """Make sure that runs can be tracked at this address, without loading MLflow.
+
+    Raises:
+        UserError: The address is of no known kind, the server does not answer as MLflow does within
+            ``timeout_s`` seconds, or the sqlite file cannot be written.
+    """
+    path = sqlite_path(uri)
+    if path is not None:
+        _check_sqlite(uri, path)
+    elif urlsplit(uri).scheme in ("http", "https"):
+        _check_server(uri, timeout_s)
+    else:
+        raise UserError(f"where.tracking: {uri!r} is no tracking address; {_EXPECTED}")
+
+
+def _check_sqlite(uri: str, path: Path) -> None:
+    start = f"where.tracking: {uri}"
+    if path.is_dir() or path.name.startswith(":"):
+        raise UserError(f"{start} names no file; expected sqlite:///PATH, for instance sqlite:///mlflow.db")
+    if not path.parent.is_dir():
+        raise UserError(f"{start}: the folder {path.parent} does not exist; expected one to hold {path.name}")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        place = path if path.exists() else path.parent
+        raise UserError(f"{start}: {place} cannot be written; expected a place that you may write to")
+    if path.exists() and path.stat().st_size:
+        with path.open("rb") as file:
+            if file.read(16) != b"SQLite format 3\0":
+                raise UserError(f"{start}: {path} is no sqlite file; expected one that MLflow made, or none")
+
+
+def _check_server(uri: str, timeout_s: float) -> None:
+    start = f"where.tracking: {uri}"
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout_s) as answer:
+            found = answer.read(100).decode(errors="replace").strip()
+    except urllib.error.HTTPError as error:
+        raise UserError(f"{start} answers {error.code} {error.reason} at /health; expected an MLflow server") from error
+    except (OSError, ValueError) as error:  # refused, unresolved, timed out, or no address at all
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise UserError(
+            f"{start} does not answer within {timeout_s:g} s ({reason}); expected a running MLflow server "
+            "there, or sqlite:///PATH to do without one"
+        ) from error
+    if found != "OK":
+        raise UserError(f"{start} answers {found!r} at /health; expected an MLflow server, which says 'OK'")

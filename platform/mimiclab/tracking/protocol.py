@@ -1,0 +1,145 @@
+"""What a training run tells a tracker, without saying which tracker it is."""
+
+import posixpath
+import re
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from PIL import Image
+
+# What MLflow accepts as names; checked when logged, where the traceback still shows the mistake.
+_METRIC_KEY = re.compile(r"[\w.\- :/]{1,250}")
+_PICTURE_KEY = re.compile(r"[a-zA-Z0-9_\-./ ]{1,150}")
+
+MAX_METRICS_PER_STEP = 1000
+"""One transaction holds so many rows; a step's rows share one."""
+
+
+class Row(NamedTuple):
+    """One value of one metric. ``json.dumps`` writes it as a list; ``Row(*fields)`` reads it back."""
+
+    key: str
+    value: float
+    timestamp_ms: int
+    step: int
+
+
+class Tracker(Protocol):
+    """The record of one logical run, across its restarts. Every method may be called from any thread.
+
+    Keys name a series, with slashes for groups (``train/loss``). The steps of one series grow: a row at a
+    step that its series has already reached is dropped, which is what keeps a resumed history exact.
+    """
+
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the values of one step. Never blocks; rows that belong together go in one call.
+
+        Raises:
+            ValueError: The step is negative, or a key cannot be used.
+        """
+        ...
+
+    def log_picture(self, key: str, step: int, image: Image.Image) -> None:
+        """Record a picture of a step; the image may be changed afterwards."""
+        ...
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        """Store a file or a folder with the run; it must stay in place until the tracker is closed."""
+        ...
+
+    def unsent(self) -> list[Row]:
+        """The rows that the server has not acknowledged, in order of steps; a checkpoint carries them."""
+        ...
+
+    def close(self, timeout_s: float) -> list[Row]:
+        """Send what is left for at most ``timeout_s`` seconds and return what could not be sent."""
+        ...
+
+
+def as_key(text: str) -> str:
+    """``text`` with every character that some key may not hold as "_"; for names from data, as of classes."""
+    return re.sub(r"[^a-zA-Z0-9_\-. ]", "_", text)
+
+
+def make_rows(step: int, values: Mapping[str, float]) -> list[Row]:
+    """The rows of one step, stamped with the present time.
+
+    NaN and infinities are kept: a loss that diverged is part of the history. (MLflow stores NaN as
+    such, infinities as the largest double.)
+
+    Raises:
+        ValueError: The step is negative, a key cannot be used, or there are too many values.
+    """
+    if step < 0:
+        raise ValueError(f"step is {step}; expected >= 0")
+    if len(values) > MAX_METRICS_PER_STEP:
+        raise ValueError(f"step {step} has {len(values)} metrics; expected <= {MAX_METRICS_PER_STEP}")
+    for key in values:
+        if not _METRIC_KEY.fullmatch(key) or not _is_plain_path(key):
+            raise ValueError(f"metric key {key!r}; expected letters, digits and any of '_-.: /'")
+    now = time.time_ns() // 1_000_000
+    return [Row(key, float(value), now, step) for key, value in values.items()]
+
+
+def check_picture(key: str, step: int) -> None:
+    """Refuse what MLflow would refuse later, in its own thread.
+
+    Raises:
+        ValueError: The step is negative or the key cannot be used.
+    """
+    if step < 0:
+        raise ValueError(f"step is {step}; expected >= 0")
+    if not _PICTURE_KEY.fullmatch(key) or not _is_plain_path(key):
+        raise ValueError(f"picture key {key!r}; expected ASCII letters, digits and any of '_-. /'")
+
+
+def _is_plain_path(key: str) -> bool:
+    return posixpath.normpath(key) == key and not key.startswith(("/", "."))
+
+
+class MemoryTracker:
+    """Keeps everything in memory: for runs that nobody looks at, and for tests of what is logged.
+
+    Attributes:
+        rows: The history, as a server would hold it.
+        pictures: Images by (key, step).
+        artifacts: (path, folder) in order.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.pictures: dict[tuple[str, int], Image.Image] = {}
+        self.artifacts: list[tuple[Path, str]] = []
+        self._last: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Tracker.log_metrics`."""
+        rows = make_rows(step, values)
+        with self._lock:
+            self.rows += (row for row in rows if row.step > self._last.get(row.key, -1))
+            self._last.update((row.key, max(row.step, self._last.get(row.key, -1))) for row in rows)
+
+    def log_picture(self, key: str, step: int, image: Image.Image) -> None:
+        """See `Tracker.log_picture`."""
+        check_picture(key, step)
+        self.pictures.setdefault((key, step), image.copy())
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        """See `Tracker.log_artifact`."""
+        self.artifacts.append((path, folder))
+
+    def unsent(self) -> list[Row]:
+        """Nothing: memory acknowledges at once."""
+        return []
+
+    def close(self, timeout_s: float) -> list[Row]:
+        """Nothing is left to send."""
+        return []
+
+    def history(self, key: str) -> list[tuple[int, float]]:
+        """(step, value) of one series, in order."""
+        return [(row.step, row.value) for row in self.rows if row.key == key]

@@ -1,0 +1,139 @@
+"""One MLflow run per logical run, found again after every restart."""
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from mimiclab.errors import UserError
+from mimiclab.tracking.address import absolute_uri, artifact_folder, check_tracking, sqlite_path
+from mimiclab.tracking.client import connect
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+__all__ = [
+    "absolute_uri",
+    "check_tracking",
+    "end_run",
+    "forget_run",
+    "log_dataset_input",
+    "log_text",
+    "open_run",
+]
+
+NAME_TAG = "mimiclab.run"
+IDENTITY_TAG = "mimiclab.identity"
+FORGOTTEN_TAG = "mimiclab.forgotten"
+
+# MLflow's limits.
+_MAX_PARAMS_PER_CALL = 100
+_MAX_PARAM_LENGTH = 6000
+_MAX_DIGEST_LENGTH = 36
+
+
+def open_run(
+    uri: str, project: str, name: str, identity: str, params: Mapping[str, str], tags: Mapping[str, str]
+) -> str:
+    """Find the run with this name and identity, or start it, and mark it as running.
+
+    Calling it again with the same name and identity returns the same run, the newest if there are several.
+
+    Args:
+        uri: The tracking store.
+        project: The MLflow experiment that holds the run; made if missing.
+        name: The run's name, also shown by MLflow.
+        identity: The hash of what the run computes.
+        params: The resolved experiment as flat dotted keys. Values are cut at 6,000 characters. MLflow
+            lets no parameter change, so a reopened run keeps what it has and gets only what it lacks.
+        tags: More tags of the run; a reopened run's are overwritten.
+
+    Returns:
+        MLflow's id of the run.
+
+    Raises:
+        UserError: The project was deleted in MLflow.
+    """
+    client = connect(uri)
+    from mlflow.entities import Param, RunTag
+
+    experiment_id = _open_project(client, uri, project)
+    run = _find_run(client, experiment_id, name, identity)
+    if run is None:
+        identified = {**tags, NAME_TAG: name, IDENTITY_TAG: identity}
+        run = client.create_run(experiment_id, run_name=name, tags=identified)
+    else:
+        client.log_batch(run.info.run_id, tags=[RunTag(*tag) for tag in tags.items()], synchronous=True)
+        client.update_run(run.info.run_id, status="RUNNING")
+
+    run_id = str(run.info.run_id)
+    missing = [Param(key, value[:_MAX_PARAM_LENGTH]) for key, value in params.items() if key not in run.data.params]
+    for start in range(0, len(missing), _MAX_PARAMS_PER_CALL):
+        client.log_batch(run_id, params=missing[start : start + _MAX_PARAMS_PER_CALL], synchronous=True)
+    return run_id
+
+
+def forget_run(uri: str, project: str, name: str, identity: str) -> None:
+    """Make the next `open_run` start anew. What was recorded stays, tagged as forgotten."""
+    client = connect(uri)
+    experiment = client.get_experiment_by_name(project)
+    while experiment and (run := _find_run(client, experiment.experiment_id, name, identity)):
+        client.set_tag(run.info.run_id, FORGOTTEN_TAG, identity)
+        client.delete_tag(run.info.run_id, IDENTITY_TAG)
+
+
+def end_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+    """Mark a run as over. Its history can still be written to, and `open_run` takes it up again."""
+    connect(uri).set_terminated(run_id, status=status)
+
+
+def log_dataset_input(uri: str, run_id: str, name: str, digest: str, source: str, context: str) -> None:
+    """Name a data set that the run reads; the same one again changes nothing.
+
+    Args:
+        uri: The tracking store.
+        run_id: MLflow's id of the run.
+        name: What users call the data set.
+        digest: The hash of its content; MLflow keeps 36 characters.
+        source: Where it lies.
+        context: What it is used for: "train" or "val".
+    """
+    client = connect(uri)
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(name, digest[:_MAX_DIGEST_LENGTH], "local", json.dumps({"uri": source}))
+    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+
+def log_text(uri: str, run_id: str, text: str, file: str = "experiment.yaml") -> None:
+    """Store a text as an artifact of the run, in place of an earlier one of that name."""
+    connect(uri).log_text(run_id, text, file)
+
+
+def _open_project(client: "MlflowClient", uri: str, project: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(project)
+    if experiment is None:
+        database = sqlite_path(uri)
+        try:
+            # A server decides where its artifacts go. The default of a sqlite store is a relative path,
+            # which every worker would take to be in another folder.
+            folder = None if database is None else artifact_folder(database).as_uri()
+            return str(client.create_experiment(project, artifact_location=folder))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(project)  # another process was faster
+    if experiment.lifecycle_stage == "deleted":
+        raise UserError(
+            f"where.tracking: {uri}: the MLflow experiment {project!r} was deleted; "
+            "expected it to be restored (mlflow experiments restore) or another name"
+        )
+    return str(experiment.experiment_id)
+
+
+def _find_run(client: "MlflowClient", experiment_id: str, name: str, identity: str) -> "Run | None":
+    # Names are compared here and not in the query: they may hold quotes, which its language cannot express.
+    found = client.search_runs([experiment_id], f"tags.`{IDENTITY_TAG}` = '{identity}'")
+    return next((run for run in found if run.data.tags.get(NAME_TAG) == name), None)

@@ -1,0 +1,229 @@
+"""Sends a run's history to MLflow without ever being in the way of training.
+
+A step's rows are put into memory and a thread sends them about once a second. What makes the history exact
+over crashes, outages and restarts:
+
+* Rows leave in order of steps, and a step's rows in one transaction. So what the server has of a series is
+  always a beginning of it, and its last step says everything: a row at or before that step is not sent again.
+* A row keeps the time at which it was logged. A call whose answer was lost is made again with identical
+  rows, which MLflow stores once.
+* A row is given up only when the server has acknowledged it. Until then `unsent` returns it, checkpoints
+  carry it, and the next process resends it first.
+"""
+
+import bisect
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from PIL import Image
+
+from mimiclab.tracking.client import connect, load
+from mimiclab.tracking.protocol import Row, check_picture, make_rows
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_INTERVAL_S = 1.0
+_MAX_BACK_OFF_S = 15.0
+_CLOSING_BACK_OFF_S = 0.5
+_MAX_ROWS_PER_CALL = 1000
+
+_log = logging.getLogger(__name__)
+
+
+class _Picture(NamedTuple):
+    key: str
+    step: int
+    image: Image.Image
+    timestamp_ms: int
+
+
+class _File(NamedTuple):
+    path: Path
+    folder: str
+
+
+class MlflowTracker:
+    """A `mimiclab.tracking.protocol.Tracker` that writes to one MLflow run.
+
+    The constructor loads MLflow but does not wait for the server. One process at a time may write a series
+    of a run.
+
+    Args:
+        uri: The tracking store.
+        run_id: MLflow's id of the run, from `mimiclab.tracking.runs.open_run`.
+        resend: Rows that the checkpoint carries because the server had not acknowledged them.
+    """
+
+    def __init__(self, uri: str, run_id: str, resend: Sequence[Row] = ()) -> None:
+        self._uri = uri
+        self._run_id = run_id
+        self._lock = threading.Lock()
+        self._waiting: list[Row] = sorted(resend, key=_step)
+        self._sending: list[Row] = []
+        self._files: deque[_Picture | _File] = deque()
+        self._client: MlflowClient | None = None
+        self._last: dict[str, int] = {}
+        self._pictures: set[tuple[str, int]] | None = None
+        self._closing = threading.Event()
+        self._deadline = float("inf")
+        load()
+        self._thread = threading.Thread(target=self._run, name="mlflow-writer", daemon=True)
+        self._thread.start()
+
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """See `mimiclab.tracking.protocol.Tracker.log_metrics`."""
+        rows = make_rows(step, values)
+        with self._lock:
+            self._check_open()
+            for row in rows:
+                bisect.insort_right(self._waiting, row, key=_step)
+
+    def log_picture(self, key: str, step: int, image: Image.Image) -> None:
+        """See `mimiclab.tracking.protocol.Tracker.log_picture`."""
+        check_picture(key, step)
+        picture = _Picture(key, step, image.convert("RGB").copy(), time.time_ns() // 1_000_000)
+        with self._lock:
+            self._check_open()
+            self._files.append(picture)
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        """See `mimiclab.tracking.protocol.Tracker.log_artifact`."""
+        with self._lock:
+            self._check_open()
+            self._files.append(_File(path.absolute(), folder))
+
+    def unsent(self) -> list[Row]:
+        """See `mimiclab.tracking.protocol.Tracker.unsent`."""
+        with self._lock:
+            return self._sending + self._waiting
+
+    def close(self, timeout_s: float) -> list[Row]:
+        """See `mimiclab.tracking.protocol.Tracker.close`.
+
+        A call that is under way at the deadline may still reach the server: a returned row can be resent
+        all the same, since it would be the identical row.
+        """
+        with self._lock:
+            self._deadline = min(self._deadline, time.monotonic() + timeout_s)
+            self._closing.set()
+        self._thread.join(timeout_s)
+        if self._files:
+            _log.warning("%d pictures and files could not be sent to MLflow at %s", len(self._files), self._uri)
+        return self.unsent()
+
+    def _check_open(self) -> None:
+        if self._closing.is_set():
+            raise RuntimeError("the tracker is closed")
+
+    # From here on: the thread.
+
+    def _run(self) -> None:
+        delay = _INTERVAL_S
+        failing = False
+        while True:
+            closing = self._closing.wait(delay)
+            try:
+                self._send()
+            except Exception as error:  # from MLflow, HTTP or SQL: whatever it was, nothing is acknowledged
+                if not failing:
+                    _log.warning("MLflow at %s fails (%s); what is logged is kept", self._uri, error)
+                failing = True
+                delay = min(2 * delay, _MAX_BACK_OFF_S)
+                if closing:
+                    time.sleep(_CLOSING_BACK_OFF_S)
+            else:
+                if failing:
+                    _log.warning("MLflow at %s answers again; what was kept is sent", self._uri)
+                failing = False
+                delay = _INTERVAL_S
+                if closing:
+                    return
+            if time.monotonic() > self._deadline:
+                return
+
+    def _send(self) -> None:
+        if self._client is None:
+            client = connect(self._uri)
+            self._last = _last_steps(client, self._run_id)
+            self._client = client
+        while (rows := self._next_rows()) and time.monotonic() < self._deadline:
+            _send_rows(self._client, self._run_id, rows)
+            with self._lock:
+                self._sending = []
+        while self._files and time.monotonic() < self._deadline:
+            self._send_file(self._client, self._files[0])
+            self._files.popleft()
+
+    def _next_rows(self) -> list[Row]:
+        """The rows of the next call: those of the last one if it failed, else new ones of whole steps."""
+        with self._lock:
+            while self._waiting and not self._sending:
+                end = _end_of_steps(self._waiting)
+                self._sending = list(self._unknown(self._waiting[:end]))
+                del self._waiting[:end]
+            return self._sending
+
+    def _unknown(self, rows: Iterable[Row]) -> Iterable[Row]:
+        for row in rows:
+            if row.step > self._last.get(row.key, -1):
+                self._last[row.key] = row.step
+                yield row
+
+    def _send_file(self, client: "MlflowClient", file: _Picture | _File) -> None:
+        if isinstance(file, _File):
+            if file.path.is_dir():
+                client.log_artifacts(self._run_id, str(file.path), file.folder or None)
+            elif file.path.exists():
+                client.log_artifact(self._run_id, str(file.path), file.folder or None)
+            else:
+                _log.warning("%s was gone before it could be sent to MLflow", file.path)
+            return
+        known = self._pictures if self._pictures is not None else _known_pictures(client, self._run_id)
+        self._pictures = None  # unknown until this one has arrived
+        if (file.key, file.step) not in known:
+            client.log_image(
+                self._run_id,
+                file.image,
+                key=file.key,
+                step=file.step,
+                timestamp=file.timestamp_ms,
+                synchronous=True,
+            )
+        self._pictures = known | {(file.key, file.step)}
+
+
+def _step(row: Row) -> int:
+    return row.step
+
+
+def _end_of_steps(rows: Sequence[Row]) -> int:
+    """How many of the first rows fit one call without splitting a step; ``rows`` are in order of steps."""
+    if len(rows) <= _MAX_ROWS_PER_CALL:
+        return len(rows)
+    end = bisect.bisect_left(rows, rows[_MAX_ROWS_PER_CALL].step, key=_step)
+    return end or _MAX_ROWS_PER_CALL  # several calls may have logged more of one step than fits
+
+
+def _send_rows(client: "MlflowClient", run_id: str, rows: Sequence[Row]) -> None:
+    from mlflow.entities import Metric
+
+    client.log_batch(run_id, metrics=[Metric(*row) for row in rows], synchronous=True)
+
+
+def _last_steps(client: "MlflowClient", run_id: str) -> dict[str, int]:
+    """The last recorded step of each series, in one call however long the history is."""
+    # MLflow's latest metric is the one with the greatest step; it is written in the rows' own transaction.
+    return {metric.key: metric.step for metric in client.get_run(run_id).to_proto().data.metrics}
+
+
+def _known_pictures(client: "MlflowClient", run_id: str) -> set[tuple[str, int]]:
+    """(key, step) of the pictures that the run has, read from how MLflow names them."""
+    # images/KEY+step+STEP+timestamp+..., slashes of the key as "~"; the compressed copy is written last.
+    names = (file.path.removeprefix("images/").split("+") for file in client.list_artifacts(run_id, "images"))
+    return {(name[0].replace("~", "/"), int(name[2])) for name in names if name[-1] == "compressed.webp"}

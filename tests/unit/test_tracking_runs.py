@@ -1,0 +1,238 @@
+"""Runs and their history in a sqlite store, as MLflow keeps them."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mimiclab.errors import UserError
+from mimiclab.tracking import runs
+from mimiclab.tracking.client import connect
+from mimiclab.tracking.protocol import Row
+from mimiclab.tracking.writer import MlflowTracker, _end_of_steps, _send_rows
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('a folder')}/mlflow.db"
+
+
+@pytest.fixture
+def run_id(uri: str, request: pytest.FixtureRequest) -> str:
+    return runs.open_run(uri, "cells", request.node.name, "abc", {}, {})
+
+
+def points(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in connect(uri).get_metric_history(run_id, key)]
+
+
+def train(tracker: MlflowTracker, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        tracker.log_metrics(step, {"train/loss": 1 / step, "train/lr": 0.1})
+        if step % 5 == 0:
+            tracker.log_metrics(step, {"student/AP": step / 100})
+
+
+def test_the_same_command_finds_its_run_and_another_identity_does_not(uri: str) -> None:
+    client = connect(uri)
+    many = {f"model.part{i}": "x" * 7000 for i in range(150)}
+    first = runs.open_run(uri, "cells", 'o\'neil "1"', "abc", many, {"note": "a"})
+    run = client.get_run(first)
+    assert run.info.run_name == 'o\'neil "1"'
+    assert run.info.status == "RUNNING"
+    assert len(run.data.params) == 150
+    assert run.data.params["model.part7"] == "x" * 6000
+
+    runs.end_run(uri, first, "FAILED")
+    assert client.get_run(first).info.status == "FAILED"
+    # Where and how large a run is may change; MLflow lets no parameter change.
+    again = {"model.part7": "y", "scale.workers": "2"}
+    assert runs.open_run(uri, "cells", 'o\'neil "1"', "abc", again, {"note": "b"}) == first
+    run = client.get_run(first)
+    assert run.info.status == "RUNNING"
+    assert run.data.params["model.part7"] == "x" * 6000
+    assert run.data.params["scale.workers"] == "2"
+    assert run.data.tags["note"] == "b"
+
+    others = {
+        runs.open_run(uri, "cells", 'o\'neil "1"', "def", {}, {}),
+        runs.open_run(uri, "cells", "other", "abc", {}, {}),
+        runs.open_run(uri, "scenes", 'o\'neil "1"', "abc", {}, {}),
+    }
+    assert len(others | {first}) == 4
+
+
+def test_a_forgotten_run_is_kept_but_not_found_again(uri: str) -> None:
+    runs.forget_run(uri, "no such project", "fresh", "abc")
+    first = runs.open_run(uri, "cells", "fresh", "abc", {"a": "1"}, {})
+    runs.forget_run(uri, "cells", "fresh", "abc")
+    second = runs.open_run(uri, "cells", "fresh", "abc", {"a": "2"}, {})
+    assert second != first
+    assert runs.open_run(uri, "cells", "fresh", "abc", {}, {}) == second
+    forgotten = connect(uri).get_run(first)
+    assert forgotten.data.tags["mimiclab.forgotten"] == "abc"
+    assert forgotten.info.lifecycle_stage == "active"
+
+
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
+def test_a_run_ends_with_its_status(uri: str, run_id: str, status: str) -> None:
+    runs.end_run(uri, run_id, status)  # type: ignore[arg-type]
+    info = connect(uri).get_run(run_id).info
+    assert info.status == status
+    assert info.end_time is not None
+
+
+def test_a_deleted_project_is_named(uri: str) -> None:
+    runs.open_run(uri, "gone", "a", "abc", {}, {})
+    client = connect(uri)
+    client.delete_experiment(client.get_experiment_by_name("gone").experiment_id)
+    with pytest.raises(UserError, match="MLflow experiment 'gone' was deleted"):
+        runs.open_run(uri, "gone", "a", "abc", {}, {})
+
+
+def test_inputs_and_files_are_stored_once_next_to_the_database(uri: str, run_id: str, tmp_path: Path) -> None:
+    for _ in range(2):
+        runs.log_dataset_input(uri, run_id, "bccd", "0" * 64, "/data/train.json", "train")
+        runs.log_text(uri, run_id, "name: größe")
+    client = connect(uri)
+    (dataset,) = client.get_run(run_id).inputs.dataset_inputs
+    assert (dataset.dataset.name, dataset.dataset.digest) == ("bccd", "0" * 36)
+    assert json.loads(dataset.dataset.source) == {"uri": "/data/train.json"}
+    assert [(tag.key, tag.value) for tag in dataset.tags] == [("mlflow.data.context", "train")]
+
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "a.txt").write_text("a")
+    tracker = MlflowTracker(uri, run_id)
+    tracker.log_artifact(tmp_path / "weights", "best")
+    tracker.log_artifact(tmp_path / "weights" / "a.txt")
+    tracker.log_artifact(tmp_path / "never made")
+    assert tracker.close(30) == []
+    stored = Path(uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts" / run_id / "artifacts"
+    assert (stored / "experiment.yaml").read_text() == "name: größe"
+    assert (stored / "a.txt").read_text() == (stored / "best" / "a.txt").read_text() == "a"
+
+
+def test_a_store_is_made_without_chatter_or_files_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    code = (
+        "from mimiclab.tracking import runs;"
+        f"run = runs.open_run('sqlite:///{tmp_path}/new.db', 'p', 'n', 'i', {{'a': '1'}}, {{}});"
+        f"runs.end_run('sqlite:///{tmp_path}/new.db', run, 'FINISHED')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "elsewhere", capture_output=True, text=True, check=True
+    )
+    assert done.stdout == ""
+    assert "INFO" not in done.stderr
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_the_history_is_exact_after_a_crash_and_a_resume_from_an_older_checkpoint(uri: str, run_id: str) -> None:
+    tracker = MlflowTracker(uri, run_id)
+    train(tracker, 1, 10)
+    in_checkpoint = json.dumps(tracker.unsent())
+    train(tracker, 11, 13)
+    assert tracker.close(30) == []  # the server has steps that the checkpoint does not know of
+    before = connect(uri).get_metric_history(run_id, "train/loss")
+
+    resend = [Row(*fields) for fields in json.loads(in_checkpoint)]
+    assert {row.step for row in resend} <= set(range(1, 11))
+    tracker = MlflowTracker(uri, run_id, resend)
+    train(tracker, 11, 20)
+    assert tracker.close(30) == tracker.unsent() == []
+    assert points(uri, run_id, "train/loss") == [(step, 1 / step) for step in range(1, 21)]
+    assert points(uri, run_id, "train/lr") == [(step, 0.1) for step in range(1, 21)]
+    assert points(uri, run_id, "student/AP") == [(step, step / 100) for step in (5, 10, 15, 20)]
+    assert connect(uri).get_metric_history(run_id, "train/loss")[:13] == before
+
+
+def test_rows_of_a_killed_process_arrive_from_its_checkpoint(uri: str, run_id: str, tmp_path: Path) -> None:
+    code = (  # on port 9 nobody answers
+        "import json, os, pathlib, sys; from mimiclab.tracking.writer import MlflowTracker;"
+        f"tracker = MlflowTracker('http://127.0.0.1:9', {run_id!r});"
+        "[tracker.log_metrics(step, {'train/loss': 1 / step}) for step in range(1, 11)];"
+        f"pathlib.Path({str(tmp_path / 'rows.json')!r}).write_text(json.dumps(tracker.unsent()));"
+        "os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    resend = [Row(*fields) for fields in json.loads((tmp_path / "rows.json").read_text())]
+    tracker = MlflowTracker(uri, run_id, resend)
+    tracker.log_metrics(11, {"train/loss": 1 / 11})
+    assert len(resend) == 10
+    assert tracker.close(30) == []
+    assert points(uri, run_id, "train/loss") == [(step, 1 / step) for step in range(1, 12)]
+    times = [point.timestamp for point in connect(uri).get_metric_history(run_id, "train/loss")]
+    assert times[:10] == [row.timestamp_ms for row in resend], "stamped when logged, not when sent"
+
+
+def test_mlflow_stores_an_identical_row_once(uri: str, run_id: str) -> None:
+    # The writer relies on it when the answer to a call was lost.
+    rows = [Row("a", value, 1700000000000, 1) for value in (0.1, float("inf"))]
+    rows += [Row("b", float("nan"), 1700000000000, step) for step in (1, 2)]
+    client = connect(uri)
+    for _ in range(2):
+        _send_rows(client, run_id, rows)
+    _send_rows(client, run_id, [*rows, Row("b", 3.0, 1700000000000, 3)])
+    assert len(points(uri, run_id, "a")) == 2
+    assert [step for step, _ in points(uri, run_id, "b")] == [1, 2, 3]
+
+
+def test_many_threads_and_more_rows_than_one_call_holds(uri: str, run_id: str) -> None:
+    tracker = MlflowTracker(uri, run_id)
+
+    def log(part: int) -> None:
+        for step in range(10):
+            tracker.log_metrics(step, {f"{part}/{i}": float(step) for i in range(75)})
+
+    threads = [threading.Thread(target=log, args=(part,)) for part in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert tracker.close(60) == []
+    for key in ("0/0", "3/74"):
+        assert points(uri, run_id, key) == [(step, float(step)) for step in range(10)]
+    assert len(connect(uri).get_run(run_id).data.metrics) == 300
+    with pytest.raises(RuntimeError, match="closed"):
+        tracker.log_metrics(11, {"a": 0.0})
+
+
+def test_a_step_is_never_split_over_two_calls() -> None:
+    rows = [Row(f"m{i}", 0.0, 0, step) for step in range(4) for i in range(300)]
+    assert _end_of_steps(rows[:900]) == 900
+    assert _end_of_steps(rows) == 900
+    assert _end_of_steps([Row(f"m{i}", 0.0, 0, 5) for i in range(1500)]) == 1000
+
+
+def test_a_picture_of_a_repeated_step_is_not_stored_again(uri: str, run_id: str) -> None:
+    for colour in ("red", "blue"):
+        tracker = MlflowTracker(uri, run_id)
+        tracker.log_picture("val/a b", 0, Image.new("RGBA", (32, 24), colour))
+        tracker.log_picture("val/a b", 0, Image.new("RGB", (32, 24), colour))
+        assert tracker.close(30) == []
+    client = connect(uri)
+    (picture,) = (file.path for file in client.list_artifacts(run_id, "images") if file.path.endswith(".png"))
+    with Image.open(client.download_artifacts(run_id, picture)) as image:
+        assert image.size == (32, 24)
+        assert image.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_without_a_server_the_rows_are_kept_and_nobody_waits() -> None:
+    tracker = MlflowTracker("http://127.0.0.1:9", "0" * 32, [Row("train/loss", 1.0, 5, 1)])
+    took = []
+    for step in range(2, 200):
+        start = time.perf_counter()
+        tracker.log_metrics(step, {"train/loss": 1 / step})
+        took.append(time.perf_counter() - start)
+    assert sorted(took)[int(0.95 * len(took))] < 0.005
+    assert max(took) < 0.25
+    start = time.monotonic()
+    left = tracker.close(2)
+    assert time.monotonic() - start < 4
+    assert [row.step for row in left] == list(range(1, 200))
+    assert left[0] == Row("train/loss", 1.0, 5, 1)
