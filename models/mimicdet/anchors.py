@@ -1,0 +1,105 @@
+"""Positions of the low-resolution pyramid, their one square anchor each, and box coding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# A side grows at most by this factor per regression, as in Faster R-CNN's public implementations.
+MAX_LOG_SCALE = math.log(1000 / 16)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All positions of a pyramid, levels one after the other and rows within a level: P of them.
+
+    Attributes:
+        levels: the L of each of the pyramid's levels, lowest first.
+        shapes: (H, W) of each level.
+        starts: index of each level's first position.
+        level: (P,) int64, index into `levels`.
+        cell: (P, 2) float, x and y of the position in cells of its level.
+        stride: (P,) float, pixels per cell.
+        anchors: (P, 4) xyxy pixels.
+    """
+
+    levels: tuple[int, ...]
+    shapes: tuple[tuple[int, int], ...]
+    starts: tuple[int, ...]
+    level: Tensor
+    cell: Tensor
+    stride: Tensor
+    anchors: Tensor
+
+    @property
+    def centers(self) -> Tensor:
+        """(P, 2) xy of the anchors' centres in pixels."""
+        return (self.cell + 0.5) * self.stride[:, None]
+
+    def inside(self, height: int, width: int) -> Tensor:
+        """(P,) bool: cells that begin inside an image of this size, all others lie in padding.
+
+        These are the cells that the image would have without padding, so each level keeps at least one.
+        """
+        x, y = (self.cell * self.stride[:, None]).unbind(-1)
+        return (x < width) & (y < height)
+
+
+def make_grid(levels: Sequence[int], features: Sequence[Tensor], scale: float) -> Grid:
+    """Lay the grid of anchors with side `scale` × stride over feature maps (N, C, H, W), one per level."""
+    device = features[0].device
+    cells, level_of, shapes, starts = [], [], [], [0]
+    for index, feature in enumerate(features):
+        height, width = int(feature.shape[-2]), int(feature.shape[-1])
+        y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
+        cells.append(torch.stack([x, y], -1).reshape(-1, 2).float())
+        level_of.append(torch.full((height * width,), index, dtype=torch.int64, device=device))
+        shapes.append((height, width))
+        starts.append(starts[-1] + height * width)
+    cell, level = torch.cat(cells), torch.cat(level_of)
+    stride = torch.tensor([2.0**lvl for lvl in levels], device=device)[level]
+    center, half = (cell + 0.5) * stride[:, None], (scale * stride / 2)[:, None]
+    return Grid(
+        levels=tuple(levels),
+        shapes=tuple(shapes),
+        starts=tuple(starts[:-1]),
+        level=level,
+        cell=cell,
+        stride=stride,
+        anchors=torch.cat([center - half, center + half], 1),
+    )
+
+
+def encode(boxes: Tensor, anchors: Tensor, std: Sequence[float] = (1, 1, 1, 1)) -> Tensor:
+    """Faster R-CNN deltas (.., 4) that turn anchors into boxes, both (.., 4) xyxy, divided by `std`."""
+    size = anchors[..., 2:] - anchors[..., :2]
+    center = (anchors[..., 2:] + anchors[..., :2]) / 2
+    box_size = boxes[..., 2:] - boxes[..., :2]
+    box_center = (boxes[..., 2:] + boxes[..., :2]) / 2
+    deltas = torch.cat([(box_center - center) / size, torch.log(box_size / size)], -1)
+    return deltas / deltas.new_tensor(std)
+
+
+def decode(deltas: Tensor, anchors: Tensor, std: Sequence[float] = (1, 1, 1, 1)) -> Tensor:
+    """Inverse of `encode`; growth is limited to exp(MAX_LOG_SCALE)."""
+    deltas = deltas * deltas.new_tensor(std)
+    size = anchors[..., 2:] - anchors[..., :2]
+    center = (anchors[..., 2:] + anchors[..., :2]) / 2 + deltas[..., :2] * size
+    half = size * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp() / 2
+    return torch.cat([center - half, center + half], -1)
+
+
+def clip(boxes: Tensor, height: Tensor | float, width: Tensor | float) -> Tensor:
+    """Clip boxes (.., 4) to an image; sides keep at least 1e-3 px so that they can be encoded against."""
+    x = boxes[..., 0::2]
+    y = boxes[..., 1::2]
+    height, width = torch.as_tensor(height, device=boxes.device), torch.as_tensor(width, device=boxes.device)
+    x1 = x[..., 0].clamp(min=0).minimum((width - 1e-3).to(boxes.dtype))
+    y1 = y[..., 0].clamp(min=0).minimum((height - 1e-3).to(boxes.dtype))
+    x2 = torch.maximum(x[..., 1].minimum(width.to(boxes.dtype)), x1 + 1e-3)
+    y2 = torch.maximum(y[..., 1].minimum(height.to(boxes.dtype)), y1 + 1e-3)
+    return torch.stack([x1, y1, x2, y2], -1)

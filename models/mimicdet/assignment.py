@@ -1,0 +1,110 @@
+"""Which ground truth an anchor or a proposal answers for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from mimicdet.anchors import Grid
+from mimicdet.config import RefinementConfig
+
+# A crowd region covers a proposal that lies in it by more than this share of the proposal's own area.
+CROWD_COVERAGE = 0.5
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Result for n candidates.
+
+    Attributes:
+        matched: (n,) int64, index of the ground truth; meaningful where positive.
+        positive: (n,) bool.
+        negative: (n,) bool; neither means ignored.
+    """
+
+    matched: Tensor
+    positive: Tensor
+    negative: Tensor
+
+
+def assign_anchors(
+    grid: Grid, candidates: Tensor, boxes: Tensor, iscrowd: Tensor, scale: float, config: RefinementConfig
+) -> Assignment:
+    """Assign anchors to ground truths by level and centre region.
+
+    A ground truth belongs to the one level whose anchors' side a satisfies a <= sqrt(area) < 2 a, the lowest
+    level taking all smaller and the highest all larger ones. On that level an anchor is positive if its centre
+    lies in the box shrunk to `center_ratio` per side about its centre; of several boxes the smallest wins. A
+    box without any centre in its region takes the nearest anchor of its level. Centres in the ring out to
+    `ignore_ratio`, and centres in crowd regions, are ignored unless positive.
+
+    Args:
+        grid: P positions.
+        candidates: (P,) bool, False in padding.
+        boxes: (M, 4) xyxy pixels, crowd regions included.
+        iscrowd: (M,) bool.
+        scale: anchor side in strides.
+        config: ratios.
+    """
+    num = len(grid.level)
+    centers = grid.centers
+    matched = centers.new_zeros(num, dtype=torch.int64)
+    if len(boxes) == 0:
+        none = torch.zeros_like(candidates)
+        return Assignment(matched=matched, positive=none, negative=candidates.clone())
+
+    size = boxes[:, 2:] - boxes[:, :2]
+    area = size.prod(1)
+    smallest_side = scale * 2.0 ** grid.levels[0]
+    octave = (area.sqrt() / smallest_side).clamp(min=1e-6).log2().floor().long()
+    level = octave.clamp(0, len(grid.levels) - 1)
+
+    distance = (centers[:, None] - (boxes[:, :2] + boxes[:, 2:])[None] / 2).abs()  # (P, M, 2)
+    same_level = candidates[:, None] & (grid.level[:, None] == level) & ~iscrowd
+
+    def within(ratio: float) -> Tensor:
+        return (distance <= size * (ratio / 2)).all(-1)
+
+    region = within(config.center_ratio) & same_level
+    # Euclidean distance, with the candidates of other levels out of reach; argmin takes the first of equals.
+    reach = distance.square().sum(-1).masked_fill(~same_level, torch.inf)
+    lonely = ~region.any(0) & ~iscrowd & same_level.any(0)
+    region[reach.argmin(0)[lonely], lonely.nonzero().flatten()] = True
+
+    claim = area[None].expand(num, -1).masked_fill(~region, torch.inf)
+    matched = claim.argmin(1)
+    positive = region.any(1)
+    ring = (within(config.ignore_ratio) & same_level).any(1)
+    crowd = (within(1.0) & iscrowd).any(1)
+    return Assignment(matched=matched, positive=positive, negative=candidates & ~positive & ~ring & ~crowd)
+
+
+def assign_proposals(proposals: Tensor, boxes: Tensor, iscrowd: Tensor, iou_threshold: float) -> Assignment:
+    """Assign proposals (n, 4) to the ground truth (M, 4) of the highest IoU, positive from `iou_threshold`.
+
+    Proposals that are not positive and lie mostly in a crowd region are ignored.
+    """
+    num = len(proposals)
+    iou = box_iou(proposals, boxes[~iscrowd])
+    if iou.shape[1] == 0:
+        best = proposals.new_zeros(num)
+        matched = torch.zeros(num, dtype=torch.int64, device=proposals.device)
+    else:
+        best, index = iou.max(1)
+        matched = (~iscrowd).nonzero().flatten()[index]
+    positive = best >= iou_threshold
+    covered = _coverage(proposals, boxes[iscrowd]) > CROWD_COVERAGE
+    return Assignment(matched=matched, positive=positive, negative=~positive & ~covered)
+
+
+def _coverage(proposals: Tensor, regions: Tensor) -> Tensor:
+    """Largest share (n,) of each proposal's area that one of the regions covers."""
+    if len(regions) == 0:
+        return proposals.new_zeros(len(proposals))
+    low = torch.maximum(proposals[:, None, :2], regions[None, :, :2])
+    high = torch.minimum(proposals[:, None, 2:], regions[None, :, 2:])
+    area = (proposals[:, 2:] - proposals[:, :2]).prod(1)
+    return ((high - low).clamp(min=0).prod(-1) / area[:, None]).max(1).values

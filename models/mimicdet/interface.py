@@ -1,0 +1,50 @@
+"""What a training engine asks of a detector."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+Targets = Sequence[Mapping[str, Tensor]]
+"""One dict per image: boxes (M, 4) xyxy pixels, labels (M,) from 0; optional iscrowd (M,) and key, see MimicDet."""
+
+Detections = dict[str, Tensor]
+"""Of one image: boxes (D, 4) xyxy pixels, scores (D,), labels (D,), best first."""
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What a training pass answers, by name; each value is (N,), one number per image.
+
+    Attributes:
+        losses: weighted; their sum is what is minimised.
+        metrics: to look at only, without gradient.
+    """
+
+    losses: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+
+
+class Detector(nn.Module):
+    """A detector that can be trained and scored by the engine."""
+
+    @abstractmethod
+    def loss_terms(
+        self, images: Sequence[Tensor], targets: Targets, *, pad_to: tuple[int, int] | None = None
+    ) -> LossTerms:
+        """Losses and metrics of every image; images are (3, H, W), padded to `pad_to` = (H, W)."""
+
+    @abstractmethod
+    def detect_heads(
+        self, images: Sequence[Tensor], *, topk: int, pad_to: tuple[int, int] | None = None
+    ) -> dict[str, list[Detections]]:
+        """Detections of every head that can be scored, by the head's name; `student` is the deployed one.
+
+        Args:
+            images: (3, H, W) each.
+            topk: how many boxes per image heads of training only are evaluated on.
+            pad_to: (H, W).
+        """

@@ -1,0 +1,195 @@
+"""S-head: the deployed head, evaluated at chosen positions only.
+
+Every output at a position depends on the pyramid around that position and on the four deltas there. A
+deformable convolution at n points is a bilinear gather of n × K taps followed by one matrix product, so the head
+costs in proportion to the boxes that training or inference looks at, not to the size of the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mimicdet.anchors import Grid, decode
+from mimicdet.config import StudentConfig
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """A head's answer for n boxes.
+
+    Attributes:
+        logits: (n, C + 1) class logits, background last.
+        deltas: (n, 4) second regression, from the refined box, divided by the head's `box_std`.
+        feature: (n, F) regression feature, the one that is mimicked.
+    """
+
+    logits: Tensor
+    deltas: Tensor
+    feature: Tensor
+
+    def split(self, sizes: Sequence[int]) -> list[HeadOutput]:
+        """Cut into consecutive parts of the given numbers of boxes."""
+        parts = zip(
+            self.logits.split(list(sizes)),
+            self.deltas.split(list(sizes)),
+            self.feature.split(list(sizes)),
+            strict=True,
+        )
+        return [HeadOutput(*part) for part in parts]
+
+
+@dataclass(frozen=True)
+class Features:
+    """The low-resolution pyramid as one table, so that a gather over all levels is one operation.
+
+    Attributes:
+        table: (N * P, C) rows ordered by image, level, row, column.
+        num_positions: P.
+    """
+
+    table: Tensor
+    num_positions: int
+
+    @classmethod
+    def pack(cls, levels: Sequence[Tensor]) -> Features:
+        """Pack levels (N, C, H, W), lowest first."""
+        rows = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1)
+        return cls(table=rows.flatten(0, 1), num_positions=rows.shape[1])
+
+
+class Student(nn.Module):
+    """Micro-network, deformable convolution, two 1x1 siblings and two predictors. (paper)"""
+
+    def __init__(self, channels: int, num_classes: int, config: StudentConfig) -> None:
+        super().__init__()
+        self.config = config
+        # The lowest level has a (micro-network, convolution) pair of its own, the others share one. (chosen)
+        self.samplers = nn.ModuleList([AdaptiveConv(channels, k, config) for k in config.kernel_sizes])
+        self.cls_hidden = nn.Linear(channels, config.head_width)
+        self.reg_hidden = nn.Linear(channels, config.head_width)
+        self.logits = nn.Linear(config.head_width, num_classes + 1)
+        self.deltas = nn.Linear(config.head_width, 4)
+        for hidden in (self.cls_hidden, self.reg_hidden):
+            nn.init.kaiming_normal_(hidden.weight, nonlinearity="relu")
+            nn.init.zeros_(hidden.bias)
+        for predictor, std in ((self.logits, 0.01), (self.deltas, 0.001)):
+            nn.init.normal_(predictor.weight, std=std)
+            nn.init.zeros_(predictor.bias)
+
+    def forward(
+        self, features: Features, refine_deltas: Tensor, grid: Grid, image: Tensor, position: Tensor
+    ) -> HeadOutput:
+        """Evaluate the head at n chosen positions.
+
+        Args:
+            features: the packed low-resolution pyramid.
+            refine_deltas: (N, P, 4) output of the refinement module.
+            grid: P positions.
+            image: (n,) int64, which image of the batch.
+            position: (n,) int64, which position of that image.
+        """
+        deltas = refine_deltas[image, position]
+        if self.config.detach_offsets:
+            deltas = deltas.detach()
+        lowest = grid.level[position] == 0
+        outputs, orders = [], []
+        for sampler, mask in zip(self.samplers, (lowest, ~lowest), strict=True):
+            chosen = mask.nonzero().flatten()
+            outputs.append(sampler(features, deltas[chosen], grid, image[chosen], position[chosen]))
+            orders.append(chosen)
+        hidden = F.relu(torch.cat(outputs)[torch.cat(orders).argsort()])
+        feature = F.relu(self.reg_hidden(hidden))
+        logits = self.logits(F.relu(self.cls_hidden(hidden)))
+        return HeadOutput(logits.float(), self.deltas(feature).float(), feature.float())
+
+
+class AdaptiveConv(nn.Module):
+    """k x k convolution whose taps are placed by each position's own refinement output."""
+
+    def __init__(self, channels: int, kernel_size: int, config: StudentConfig) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.offsets = config.offsets
+        num_taps = kernel_size**2
+        first, second = config.offset_channels
+        self.micro = nn.Sequential()
+        if self.offsets in ("learned", "analytic_learned"):
+            last = nn.Linear(second, 2 * num_taps)
+            # From zero, so that training starts from a plain convolution or from the analytic grid.
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.micro = nn.Sequential(nn.Linear(4, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), last)
+        conv = nn.Conv2d(channels, channels, kernel_size)
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        self.weight = conv.weight
+        self.bias = nn.Parameter(torch.zeros(channels))
+        reach = (kernel_size - 1) // 2
+        steps = torch.arange(-reach, reach + 1.0)
+        taps = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), -1).reshape(-1, 2)
+        self.register_buffer("taps", taps, persistent=False)  # (K, 2) y, x
+        self.taps: Tensor
+
+    def forward(self, features: Features, deltas: Tensor, grid: Grid, image: Tensor, position: Tensor) -> Tensor:
+        """Return (n, C) at positions (n,) of images (n,), whose refinement deltas are (n, 4)."""
+        points = self.points(deltas, grid, position)
+        level = grid.level[position]
+        shape = torch.tensor(grid.shapes, device=level.device)[level]  # (n, 2) height, width
+        start = torch.tensor(grid.starts, device=level.device)[level] + image * features.num_positions
+        taps = gather_bilinear(features.table, points, shape, start)  # (n, K, C)
+        weight = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (K * C_in, C_out)
+        return torch.addmm(self.bias, taps.flatten(1).to(weight.dtype), weight)
+
+    def points(self, deltas: Tensor, grid: Grid, position: Tensor) -> Tensor:
+        """Where the taps of n positions lie: (n, K, 2) y and x in cells of the position's level."""
+        if self.offsets in ("analytic", "analytic_learned"):
+            # A grid that spans the refined box: tap r lies at centre + r × side / (k - 1).
+            box = decode(deltas, grid.anchors[position]) / grid.stride[position, None]
+            center = (box[:, :2] + box[:, 2:]) / 2 - 0.5
+            pitch = (box[:, 2:] - box[:, :2]) / (self.kernel_size - 1)
+            points = center.flip(1)[:, None] + self.taps * pitch.flip(1)[:, None]
+        else:
+            points = grid.cell[position].flip(1)[:, None] + self.taps
+        if len(self.micro):
+            # torchvision's order of offsets: y and x of one tap after the other.
+            points = points + self.micro(deltas).float().unflatten(1, (-1, 2))
+        return points
+
+
+def gather_bilinear(table: Tensor, points: Tensor, shape: Tensor, start: Tensor) -> Tensor:
+    """Read a packed pyramid at fractional points; outside of a level's map there are zeros.
+
+    Works in cells rather than in normalised coordinates, whose rounding moves points across integers where the
+    gradient jumps, and in fp32.
+
+    Args:
+        table: (T, C), rows of all maps.
+        points: (n, K, 2) y and x in cells.
+        shape: (n, 2) height and width of the map that each of the n reads.
+        start: (n,) index of that map's first row.
+
+    Returns:
+        (n, K, C).
+    """
+    low = points.detach().floor()
+    rows, weights = [], []
+    for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        corner = low + low.new_tensor([dy, dx])
+        # 1 - |distance| written without abs: its gradient is one-sided at integers, as deform_conv2d's is.
+        weight = ((points - low) if dy else (1 - (points - low)))[..., 0] * (
+            (points - low) if dx else (1 - (points - low))
+        )[..., 1]
+        inside = ((corner >= 0) & (corner < shape[:, None])).all(-1)
+        cell = torch.minimum(corner.clamp(min=0), (shape[:, None] - 1).to(corner.dtype)).long()
+        rows.append(start[:, None] + cell[..., 0] * shape[:, None, 1] + cell[..., 1])
+        weights.append(weight * inside)
+    row, weight = torch.stack(rows, -1), torch.stack(weights, -1)  # (n, K, 4)
+    # A weighted bag of four rows: the corners are never laid out in memory.
+    gathered = F.embedding_bag(
+        row.flatten(0, 1), table.to(weight.dtype), mode="sum", per_sample_weights=weight.flatten(0, 1)
+    )
+    return gathered.view(*row.shape[:2], -1)
