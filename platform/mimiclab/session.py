@@ -1,0 +1,77 @@
+"""A connection to Ray: a cluster that is there, or one made on this machine for the time of a verb."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from mimiclab.errors import UserError
+from mimiclab.schema import ScaleConfig
+
+ENVIRONMENT = {
+    # The loop reports at evaluations only; a report waits for one poll.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Relative paths of an experiment mean the same on a worker as where the command ran.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # One process fewer; nothing here asks for notices yet.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Started by `uv run`, every node would build an environment of its own.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Ray's settings; what the user has set in the environment comes first."""
+
+
+@contextlib.contextmanager
+def ray_session(address: str | None, scale: ScaleConfig, *, verbose: bool) -> Iterator[None]:
+    """Connect to the cluster at `address` (or $RAY_ADDRESS), else start one on this machine and stop it again.
+
+    A connection that exists already is used and left alone.
+
+    Raises:
+        UserError: no cluster answers at the address, or the cluster cannot ever hold `scale`.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    owned = not ray.is_initialized()
+    if owned:
+        address = address or os.environ.get("RAY_ADDRESS")
+        level = "info" if verbose else "error"
+        try:
+            if address:
+                ray.init(address=address, log_to_driver=verbose, logging_level=level)
+            else:
+                ray.init(address="local", include_dashboard=False, log_to_driver=verbose, logging_level=level)
+        except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
+            if not address:
+                raise
+            raise UserError(
+                f"--address {address}: no Ray cluster answers there ({error}); expected HOST:PORT of a head node"
+            ) from error
+    try:
+        _check_resources(ray.cluster_resources(), scale)
+        yield
+    finally:
+        if owned:
+            ray.shutdown()
+
+
+def resources_per_worker(scale: ScaleConfig) -> dict[str, float]:
+    """What one worker asks Ray for."""
+    return {"CPU": scale.threads, **({"GPU": 1} if scale.gpu else {})}
+
+
+def _check_resources(found: dict[str, float], scale: ScaleConfig) -> None:
+    for kind, each in resources_per_worker(scale).items():
+        if scale.workers * each > found.get(kind, 0):
+            raise UserError(
+                f"scale: {scale.workers} workers of {each:g} {kind} each need {scale.workers * each:g}, found "
+                f"{found.get(kind, 0):g} in the cluster; expected fewer workers"
+                + (", fewer threads" if kind == "CPU" else "")
+                + " or a larger cluster"
+            )

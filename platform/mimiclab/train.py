@@ -1,0 +1,202 @@
+"""The driver of a training run: everything is checked first, then Ray Train's workers do the work.
+
+Imports stay light here: Ray ships `_loop` to its controller by this module's name.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from mimiclab import runs
+from mimiclab.errors import UserError
+from mimiclab.experiment import flatten, identity, resolved_yaml
+from mimiclab.progress import ProgressReader, ProgressView
+from mimiclab.runs import Run
+from mimiclab.schema import Experiment
+from mimiclab.session import ray_session, resources_per_worker
+from mimiclab.tracking import runs as tracking
+
+if TYPE_CHECKING:
+    from mimiclab.data.splits import Splits
+
+_POLL_S = 0.3
+# Ray's own record of a fit; nothing is resumed from it.
+_RAY_FOLDER = "ray"
+
+
+def train(
+    experiment: Experiment,
+    *,
+    console: Console,
+    address: str | None = None,
+    fresh: bool = False,
+    verbose: bool = False,
+) -> Run:
+    """Train an experiment to its end, from its last checkpoint where it was begun before.
+
+    Raises:
+        UserError: anything that the user can mend, found before a worker starts wherever possible.
+        KeyboardInterrupt: the run is recorded as killed; the same command goes on from its last checkpoint.
+    """
+    from mimiclab.data.coco import content_hash
+    from mimiclab.data.splits import locate, read_splits
+
+    tracking.check_tracking(experiment.where.tracking)
+    uri = tracking.absolute_uri(experiment.where.tracking)
+    train_split, val_split = locate(experiment.data)
+    splits = read_splits(train_split, val_split)
+    _announce(splits, console)
+    _check_model(experiment, len(splits.train.classes))
+    folder = runs.prepare(experiment, fresh=fresh)
+    before = runs.read(folder)
+    if before is not None and before.status == "finished" and _is_complete(before, experiment, splits):
+        console.print(f"run {experiment.name} is complete already; --fresh starts it anew", highlight=False)
+        return before
+
+    with ray_session(address, experiment.scale, verbose=verbose):
+        if fresh:
+            tracking.forget_run(uri, experiment.where.project, experiment.name, identity(experiment))
+        mlflow_run_id = tracking.open_run(
+            uri,
+            experiment.where.project,
+            experiment.name,
+            identity(experiment),
+            params={key: str(value) for key, value in flatten(experiment).items()},
+            tags={"mimiclab.classes": ", ".join(splits.train.classes)},
+        )
+        tracking.log_text(uri, mlflow_run_id, resolved_yaml(experiment))
+        for context, split in (("train", splits.train), ("val", splits.val)):
+            tracking.log_dataset_input(
+                uri,
+                mlflow_run_id,
+                f"{split.annotations.stem}",
+                content_hash(split),
+                str(split.annotations),
+                context,
+            )
+        run = Run(folder, identity(experiment), uri, mlflow_run_id, splits.train.classes, "running")
+        run.write()
+        job = {
+            "experiment": experiment.model_dump_json(),
+            "folder": str(folder),
+            "train": (train_split.annotations, train_split.images),
+            "val": (val_split.annotations, val_split.images),
+            "tracking": uri,
+            "mlflow_run_id": mlflow_run_id,
+        }
+        status: runs.Status = "failed"
+        try:
+            _fit(job, experiment, run, console)
+            status = "finished"
+        except KeyboardInterrupt:
+            status = "killed"
+            console.print("stopped; the same command goes on from the last checkpoint")
+            raise
+        finally:
+            run = run.with_status(status)
+            tracking.end_run(uri, mlflow_run_id, _MLFLOW_STATUS[status])
+    return run
+
+
+_MLFLOW_STATUS: Mapping[runs.Status, Any] = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
+
+
+def _loop(job: Mapping[str, Any]) -> None:
+    # Loaded here: torch, torchvision and MLflow are for the workers, not for Ray's controller.
+    from mimiclab.worker import Job, work
+
+    work(Job(**job))
+
+
+def _fit(job: dict[str, Any], experiment: Experiment, run: Run, console: Console) -> None:
+    """Run Ray Train in a thread and show its progress here, where Ctrl-C arrives."""
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    shutil.rmtree(run.folder / _RAY_FOLDER, ignore_errors=True)
+    trainer = TorchTrainer(
+        _loop,
+        train_loop_config=job,
+        scaling_config=ScalingConfig(
+            num_workers=experiment.scale.workers,
+            use_gpu=experiment.scale.gpu,
+            resources_per_worker=resources_per_worker(experiment.scale),
+        ),
+        run_config=RunConfig(
+            name=_RAY_FOLDER,
+            storage_path=str(run.folder),
+            failure_config=FailureConfig(max_failures=0),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    failure: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failure.append(error)
+
+    reader = ProgressReader(run.progress)
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    with ProgressView(console) as view:
+        console.print(f"starting {experiment.scale.workers} workers")
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            for event in reader.new_events():
+                view.show(event)
+    if failure:
+        raise _cause(failure[0])
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong, out of Ray's wrapping: a user's mistake on one rank breaks the others' collectives."""
+    failures = getattr(error, "worker_failures", {}).values()
+    for failure in failures:
+        while failure is not None:
+            if isinstance(failure, UserError):
+                return failure
+            failure = failure.__cause__
+    return error
+
+
+def _announce(splits: Splits, console: Console) -> None:
+    for name, split in (("train", splits.train), ("val", splits.val)):
+        num_boxes = sum(len(record.boxes) for record in split.images)
+        console.print(f"{name}: {len(split.images)} images, {num_boxes} boxes", highlight=False)
+        for text in (*split.left_out, *split.notes):
+            console.print(f"  left out: {text}" if text in split.left_out else f"  {text}", highlight=False)
+    console.print(f"classes: {', '.join(splits.train.classes)}", highlight=False)
+
+
+def _check_model(experiment: Experiment, num_classes: int) -> None:
+    """Build the detector once, so that weights that do not fit are found before workers start."""
+    from mimicdet import MimicDet
+
+    try:
+        MimicDet(experiment.model, num_classes)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
+
+
+def _is_complete(run: Run, experiment: Experiment, splits: Splits) -> bool:
+    from mimiclab import checkpoint
+    from mimiclab.data.order import Order
+
+    newest = checkpoint.latest(run.checkpoints, warn=lambda _: None)
+    order = Order(len(splits.train.images), experiment.optim.global_batch, experiment.seed)
+    return newest is not None and newest.step >= order.num_steps(experiment.optim.epochs)
+
+
+def weights_of(run: Run) -> Path:
+    """The best weights of a run."""
+    from mimiclab.checkpoint import WEIGHTS
+
+    return run.best().path / WEIGHTS

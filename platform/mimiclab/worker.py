@@ -1,0 +1,245 @@
+"""What every Ray Train worker runs: the loop over global steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from PIL.Image import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mimicdet import MimicDet
+from mimicdet.interface import Detector
+from mimiclab import checkpoint
+from mimiclab.checkpoint import Checkpoint
+from mimiclab.data.coco import CocoDataset
+from mimiclab.data.dataset import TrainBatches, read_image
+from mimiclab.data.order import Order
+from mimiclab.data.splits import Splits, read_splits
+from mimiclab.engine import Batch, Engine
+from mimiclab.evaluate import Evaluation, detections_of, evaluate
+from mimiclab.pictures import Panel, side_by_side
+from mimiclab.progress import ProgressWriter
+from mimiclab.runs import CHECKPOINTS, PICTURES, PROGRESS
+from mimiclab.schema import Experiment, Split
+from mimiclab.tracking.protocol import Row, Tracker
+from mimiclab.tracking.writer import MlflowTracker
+
+# How long the end of a run waits for the tracking server, seconds.
+CLOSE_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver hands to every worker; plain values only, so that it travels as a dict."""
+
+    experiment: str
+    """The resolved experiment as JSON."""
+    folder: str
+    """The run's folder, absolute."""
+    train: tuple[str, str]
+    """Annotation file and image folder, absolute."""
+    val: tuple[str, str]
+    tracking: str
+    mlflow_run_id: str
+
+
+def work(job: Job) -> None:
+    """Train from the newest checkpoint to the end of the run; called on every rank."""
+    experiment = Experiment.model_validate_json(job.experiment)
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(experiment.scale.threads)
+    device = ray.train.torch.get_device() if experiment.scale.gpu else torch.device("cpu")
+    splits = read_splits(
+        Split(annotations=job.train[0], images=job.train[1]), Split(annotations=job.val[0], images=job.val[1])
+    )
+    torch.manual_seed(experiment.seed)
+    detector = MimicDet(experiment.model, len(splits.train.classes)).to(device)
+    order = Order(len(splits.train.images), experiment.optim.global_batch, experiment.seed)
+    engine = Engine(
+        detector,
+        experiment.optim,
+        num_steps=order.num_steps(experiment.optim.epochs),
+        steps_per_epoch=len(splits.train.images) / experiment.optim.global_batch,
+    )
+    leader = _Leader(job, experiment, splits) if rank == 0 else None
+    newest = _agree(leader.newest() if leader else None, world)
+    if newest is not None:
+        detector.load_state_dict(newest.weights())
+        engine.load_state_dict(newest.state())
+    if leader:
+        leader.start(engine, newest, world)
+
+    batches = TrainBatches(
+        splits.train,
+        order,
+        short=experiment.data.resize.short,
+        long=experiment.data.resize.long,
+        flip=experiment.data.flip,
+        rank=rank,
+        world=world,
+    )
+    # The position in the data is the step: a restart has nothing else to restore.
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(engine.step, engine.num_steps),
+        num_workers=experiment.data.loader_processes,
+    )
+    evaluations = _evaluation_steps(order, experiment)
+    asked = time.perf_counter()
+    for batch in loader:
+        started = time.perf_counter()
+        means = engine.train_step(_to(batch, device))
+        now = time.perf_counter()
+        if leader:
+            leader.log_step(engine, means, seconds=now - asked, waited=started - asked)
+        epoch = evaluations.get(engine.step)
+        if epoch is not None:
+            evaluation = evaluate(detector, splits.val, experiment.data, experiment.eval, rank=rank, world=world)
+            if leader and evaluation:
+                leader.log_evaluation(engine, epoch, evaluation)
+            report = {"epoch": epoch, "step": engine.step, **(evaluation.metrics if evaluation else {})}
+            if leader:
+                leader.save(detector, engine)
+            # A barrier over all ranks, so at evaluations only; it feeds searches, not the checkpoint.
+            ray.train.report(report)
+        elif leader and engine.step % experiment.checkpoint.every_steps == 0:
+            leader.save(detector, engine)
+        asked = time.perf_counter()
+    if leader:
+        leader.finish()
+
+
+class _Leader:
+    """Rank 0's duties: progress, tracking, checkpoints."""
+
+    def __init__(self, job: Job, experiment: Experiment, splits: Splits) -> None:
+        self._job = job
+        self._experiment = experiment
+        self._val = splits.val
+        self._classes = splits.train.classes
+        self._folder = Path(job.folder) / CHECKPOINTS
+        self._progress = ProgressWriter(Path(job.folder) / PROGRESS)
+        self._best: dict[str, Any] | None = None
+        self._metrics: dict[str, float] = {}
+        self._tracker: Tracker
+
+    def newest(self) -> Checkpoint | None:
+        return checkpoint.latest(self._folder, warn=lambda text: self._progress.write("text", text=f"warning: {text}"))
+
+    def start(self, engine: Engine, newest: Checkpoint | None, world: int) -> None:
+        unsent: Sequence[Row] = ()
+        where = "from the start"
+        if newest is not None:
+            self._best = newest.meta["best"]
+            self._metrics = newest.meta["metrics"]
+            unsent = [Row(*row) for row in newest.meta["unsent"]]
+            where = f"from step {newest.step}"
+        self._tracker = MlflowTracker(self._job.tracking, self._job.mlflow_run_id, unsent)
+        self._progress.write(
+            "text",
+            text=f"training {where} to step {engine.num_steps} on {world} worker{'s' if world > 1 else ''}",
+        )
+
+    def log_step(self, engine: Engine, means: Mapping[str, Tensor], *, seconds: float, waited: float) -> None:
+        values = dict(zip(means, torch.stack([v.cpu() for v in means.values()]).tolist(), strict=True))
+        values["images_per_s"] = self._experiment.optim.global_batch / seconds
+        values["data_wait"] = waited / seconds
+        self._tracker.log_metrics(engine.step, {f"train/{name}": value for name, value in values.items()})
+        self._progress.write(
+            "step",
+            step=engine.step,
+            num_steps=engine.num_steps,
+            loss=values["loss"],
+            images_per_s=values["images_per_s"],
+        )
+
+    def log_evaluation(self, engine: Engine, epoch: int, evaluation: Evaluation) -> None:
+        self._metrics = evaluation.metrics
+        if self._best is None or evaluation.metrics["student/AP"] > self._best["value"]:
+            self._best = {
+                "step": engine.step,
+                "metric": "student/AP",
+                "value": evaluation.metrics["student/AP"],
+            }
+        values = {**evaluation.metrics, "best/student/AP": self._best["value"], "epoch": float(epoch)}
+        self._tracker.log_metrics(engine.step, values)
+        pictures = Path(self._job.folder) / PICTURES
+        pictures.mkdir(exist_ok=True)
+        num = self._experiment.eval.num_pictures
+        for name, image in validation_pictures(self._val, evaluation, num).items():
+            self._tracker.log_picture(f"validation/{name}", engine.step, image)
+            image.save(pictures / f"{name}.png")
+        self._progress.write("evaluation", epoch=epoch, metrics=evaluation.metrics)
+
+    def save(self, detector: Detector, engine: Engine) -> None:
+        meta = {
+            "step": engine.step,
+            "classes": list(self._classes),
+            "metrics": self._metrics,
+            "best": self._best,
+            "mlflow_run_id": self._job.mlflow_run_id,
+            "unsent": [list(row) for row in self._tracker.unsent()],
+            "experiment": self._experiment.model_dump(mode="json"),
+        }
+        checkpoint.save(self._folder, detector.state_dict(), engine.state_dict(), meta)
+        keep = [self._best["step"]] if self._best else []
+        checkpoint.prune(self._folder, keep=self._experiment.checkpoint.keep, steps=keep)
+
+    def finish(self) -> None:
+        best = self._folder / f"step-{self._best['step']:08d}" if self._best else None
+        if best is not None:
+            self._tracker.log_artifact(best / checkpoint.WEIGHTS, "weights")
+        left = self._tracker.close(CLOSE_TIMEOUT_S)
+        if left:
+            self._progress.write(
+                "text",
+                text=f"warning: {len(left)} metric values did not reach {self._job.tracking}; they are in the "
+                "last checkpoint and are sent when the same command runs again",
+            )
+
+
+def validation_pictures(dataset: CocoDataset, evaluation: Evaluation, num: int) -> dict[str, Image]:
+    """Pictures of `num` fixed images, spread over the set: ground truth, student and teacher side by side."""
+    pictures = {}
+    for index in sorted({int(i) for i in np.linspace(0, len(dataset.images) - 1, num)}) if num else ():
+        record = dataset.images[index]
+        panels = [Panel("ground truth", record.boxes, record.labels)]
+        for head, rows in evaluation.detections.items():
+            found = detections_of(rows, record.id, dataset.category_ids)
+            panels.append(Panel(head, found["boxes"], found["labels"], found["scores"]))
+        pixels = read_image(record.path).permute(1, 2, 0).numpy()
+        pictures[record.path.stem] = side_by_side(pixels, panels, dataset.classes)
+    return pictures
+
+
+def _evaluation_steps(order: Order, experiment: Experiment) -> dict[int, int]:
+    """Epoch that ends at each step after which the run is evaluated."""
+    epochs = experiment.optim.epochs
+    wanted = {*range(experiment.eval.every_epochs, epochs + 1, experiment.eval.every_epochs), epochs}
+    return {order.epoch_end_step(epoch): epoch for epoch in sorted(wanted)}
+
+
+def _agree(newest: Checkpoint | None, world: int) -> Checkpoint | None:
+    """Rank 0's choice for all: two ranks may see a shared folder at different moments."""
+    if world == 1:
+        return newest
+    choice: list[Checkpoint | None] = [newest]
+    dist.broadcast_object_list(choice)
+    return choice[0]
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    images = [image.to(device, non_blocking=True) for image in batch.images]
+    return Batch(images, batch.targets, batch.pad_to, batch.image_ids)
