@@ -95,6 +95,7 @@ def decode(deltas: Tensor, anchors: Tensor, std: Sequence[float] = (1, 1, 1, 1))
 
 def clip(boxes: Tensor, height: Tensor | float, width: Tensor | float) -> Tensor:
     """Clip boxes (.., 4) to an image; sides keep at least 1e-3 px so that they can be encoded against."""
+    boxes = boxes.nan_to_num()  # RoIAlign reads out of bounds at NaN; the losses tell that weights are broken
     x = boxes[..., 0::2]
     y = boxes[..., 1::2]
     height, width = torch.as_tensor(height, device=boxes.device), torch.as_tensor(width, device=boxes.device)

@@ -47,12 +47,15 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(min(32, max(1, channels // 8)), channels), channels)
 
 
-class _ScaledResNet(ResNet):  # type: ignore[misc]  # torchvision ships no types
-    """torchvision's ResNet with all four stages narrowed to `width` / 64 of their channels; the stem stays."""
+class _NarrowResNet(ResNet):  # type: ignore[misc]  # torchvision ships no types
+    """torchvision's ResNet of basic blocks with `width` instead of 64 channels in stem and C2, all else in proportion."""
 
     def __init__(self, layers: Sequence[int], width: int, norm_layer: Callable[..., nn.Module]) -> None:
         self._width = width
         super().__init__(BasicBlock, list(layers), norm_layer=norm_layer)
+        self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.bn1 = norm_layer(width)
 
     def _make_layer(
         self,
@@ -62,6 +65,8 @@ class _ScaledResNet(ResNet):  # type: ignore[misc]  # torchvision ships no types
         stride: int = 1,
         dilate: bool = False,
     ) -> nn.Sequential:
+        if planes == 64:  # the first stage follows the stem
+            self.inplanes = self._width
         layer: nn.Sequential = super()._make_layer(block, planes * self._width // 64, blocks, stride, dilate)
         return layer
 
@@ -71,7 +76,7 @@ def _resnet(config: BackboneConfig, norm: Callable[..., nn.Module]) -> tuple[lis
         net = torchvision.models.resnet50(norm_layer=norm)
         channels = [256, 512, 1024, 2048]
     elif config.width != 64:
-        net = _ScaledResNet([2, 2, 2, 2], config.width, norm)
+        net = _NarrowResNet([2, 2, 2, 2], config.width, norm)
         channels = [config.width * scale for scale in (1, 2, 4, 8)]
     else:
         net = torchvision.models.resnet18(norm_layer=norm)

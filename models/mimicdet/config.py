@@ -34,7 +34,7 @@ class BackboneConfig:
     """How many stages keep their weights, the stem being the first. None is 2 with weights (stem and C2, as
     Faster R-CNN) and 0 without. (chosen)"""
     width: int = 64
-    """Channels of C2 in ResNet-18; less than 64 only from a random start."""
+    """Channels of stem and C2 in ResNet-18, all else in proportion; less than 64 only from a random start."""
 
     def __post_init__(self) -> None:
         # Resolved here, so that a resolved experiment shows what is used.
@@ -116,6 +116,7 @@ class RefinementConfig:
     loss_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        _require(self.loss_weight >= 0, f"loss_weight must be 0 or more, found {self.loss_weight}")
         _require(
             0 < self.center_ratio <= self.ignore_ratio <= 1,
             f"0 < center_ratio <= ignore_ratio <= 1 is needed, found {self.center_ratio} and {self.ignore_ratio}",
@@ -158,6 +159,7 @@ class StudentConfig:
     loss_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        _require(self.loss_weight >= 0, f"loss_weight must be 0 or more, found {self.loss_weight}")
         _require(
             all(k % 2 == 1 and k >= 3 for k in self.kernel_sizes),
             f"kernel_sizes must be odd, 3 or more, found {self.kernel_sizes}",
@@ -194,6 +196,7 @@ class TeacherConfig:
     loss_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        _require(self.loss_weight >= 0, f"loss_weight must be 0 or more, found {self.loss_weight}")
         _require(
             min(self.num_rois, self.pooled_size, self.sampling_ratio) > 0,
             "num_rois, pooled_size and sampling_ratio must be positive",
@@ -253,6 +256,8 @@ class ModelConfig:
 
     __pydantic_config__: ClassVar[dict[str, object]] = _STRICT
 
+    weights: str | None = None
+    """Path of a whole detector's weights (safetensors, as a run writes them) to start from."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     pyramid: PyramidConfig = field(default_factory=PyramidConfig)
     anchors: AnchorConfig = field(default_factory=AnchorConfig)

@@ -85,7 +85,7 @@ class MimicDet(Detector):
             pad_to: (H, W) that the batch is padded to; by default the largest sides, rounded up.
 
         Raises:
-            ValueError: no images, or training without targets.
+            ValueError: no images, another number of targets, or `pad_to` smaller than an image.
         """
         if not self.training:
             return self.detect(images, pad_to=pad_to)
@@ -99,6 +99,8 @@ class MimicDet(Detector):
         self, images: Sequence[Tensor], targets: Targets, *, pad_to: tuple[int, int] | None = None
     ) -> LossTerms:
         """Compute losses and metrics of every image; see `forward` for the arguments."""
+        if len(targets) != len(images):
+            raise ValueError(f"every image needs a target, found {len(images)} images, {len(targets)} targets")
         shared = self._shared(images, pad_to, lowest=self.pyramid.lowest)
         device = shared.objectness.device
         targets = [_complete(target, device) for target in targets]
@@ -232,8 +234,8 @@ class MimicDet(Detector):
     ) -> dict[str, list[Detections]]:
         """Detections of `student`, as deployed, and of `teacher` from the best `topk` refined boxes.
 
-        Heads are compared on the same boxes: where the deployed student looks at more, it also answers for the
-        teacher's boxes alone, as `student_topk`.
+        Heads are compared on the same boxes: unless the deployed student looks at as many, it also answers for
+        the teacher's boxes, as `student_topk`.
         """
         shared = self._shared(images, pad_to, lowest=self.pyramid.lowest)
         config = self.config
@@ -245,7 +247,7 @@ class MimicDet(Detector):
             "student": student,
             "teacher": self._detections(teacher, config.teacher.box_std, shared, *compared, images),
         }
-        if len(compared[0]) < len(deployed[0]):
+        if topk != config.inference.topk:  # whatever the images' sizes, so that all batches answer the same heads
             output = self._student(shared, *compared)
             heads["student_topk"] = self._detections(output, config.student.box_std, shared, *compared, images)
         return heads

@@ -184,7 +184,8 @@ def gather_bilinear(table: Tensor, points: Tensor, shape: Tensor, start: Tensor)
             (points - low) if dx else (1 - (points - low))
         )[..., 1]
         inside = ((corner >= 0) & (corner < shape[:, None])).all(-1)
-        cell = torch.minimum(corner.clamp(min=0), (shape[:, None] - 1).to(corner.dtype)).long()
+        # Points that are not a number keep their weight, so that the loss tells, and read any row.
+        cell = torch.minimum(corner.nan_to_num().clamp(min=0), (shape[:, None] - 1).to(corner.dtype)).long()
         rows.append(start[:, None] + cell[..., 0] * shape[:, None, 1] + cell[..., 1])
         weights.append(weight * inside)
     row, weight = torch.stack(rows, -1), torch.stack(weights, -1)  # (n, K, 4)
@@ -192,4 +193,4 @@ def gather_bilinear(table: Tensor, points: Tensor, shape: Tensor, start: Tensor)
     gathered = F.embedding_bag(
         row.flatten(0, 1), table.to(weight.dtype), mode="sum", per_sample_weights=weight.flatten(0, 1)
     )
-    return gathered.view(*row.shape[:2], -1)
+    return gathered.view(*row.shape[:2], table.shape[1])  # not -1: there may be no points

@@ -27,7 +27,7 @@ def load_matching(module: nn.Module, path: str | Path, *, ignore: Sequence[str] 
         ignore: prefixes of keys in the file that have no place here, as a classifier's.
 
     Raises:
-        ValueError: the file cannot be read, lacks keys of the module, or holds other shapes.
+        ValueError: the file cannot be read, lacks keys of the module, or holds other keys or shapes.
     """
     # safetensors is torch's companion for files that run no code; imported here because only files need it.
     from safetensors import SafetensorError
@@ -50,8 +50,13 @@ def load_matching(module: nn.Module, path: str | Path, *, ignore: Sequence[str] 
         for k in own
         if k in tensors and tensors[k].shape != own[k].shape
     ]
-    if missing or wrong:
-        found = wrong[0] if wrong else f"{len(missing)} of {len(own)} keys are missing, the first is {missing[0]}"
-        raise ValueError(f"weights {path} do not fit {type(module).__name__}: {found}")
+    found = wrong
+    if missing:
+        found.append(f"{len(missing)} of {len(own)} keys are missing, the first is {missing[0]}")
+    if unused:
+        # A deeper network's file holds every key of a shallower one, and BatchNorm's every key of GroupNorm.
+        found.append(f"{len(unused)} keys of the file have no place, the first is {unused[0]}")
+    if found:
+        raise ValueError(f"weights {path} do not fit {type(module).__name__}: {found[0]}")
     module.load_state_dict({k: tensors[k] for k in own})
     return LoadReport(loaded=tuple(own), missing=missing, unused=unused)

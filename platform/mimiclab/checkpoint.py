@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -54,7 +54,7 @@ class Checkpoint:
 
 def save(folder: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any], meta: Mapping[str, Any]) -> Checkpoint:
     """Write a checkpoint for `meta["step"]`; until it is whole it has no name of its own."""
-    target = folder / f"{_PREFIX}{meta['step']:08d}"
+    target = folder / _name(meta["step"])
     aside = folder / f".{target.name}-{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -98,23 +98,42 @@ def load(path: Path) -> Checkpoint:
             if _sha256(path / name) != hashes[name]:
                 raise UserError(f"checkpoint {path}: {name} differs from its manifest, it is damaged")
         return Checkpoint(path, json.loads((path / META).read_text()))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"checkpoint {path}: cannot be read ({error})") from error
 
 
-def prune(folder: Path, *, keep: int, steps: Sequence[int]) -> None:
-    """Remove all but the newest `keep` checkpoints and those of the given steps."""
-    names = {f"{_PREFIX}{step:08d}" for step in steps}
-    for path in sorted(_folders(folder), reverse=True)[keep:]:
+def prune(folder: Path, *, newest: int, keep: int, steps: Sequence[int]) -> None:
+    """Remove all but the last `keep` checkpoints up to step `newest`, those of the given steps, and later ones.
+
+    A later one is damaged, since the run did not go on from it: it must not count as one of those kept.
+    """
+    names = {_name(step) for step in steps}
+    for path in sorted(path for path in _folders(folder) if path.name <= _name(newest))[:-keep]:
         if path.name not in names:
             shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f".{_PREFIX}*"):  # what a killed process left half-written
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def classes_of(weights: Path) -> list[str]:
-    """Class names that a weights file was trained for."""
-    with safe_open(str(weights), framework="pt") as file:
-        names: list[str] = json.loads((file.metadata() or {})["classes"])
+    """Class names that a weights file was trained for.
+
+    Raises:
+        UserError: the file is missing, no safetensors file, or none that a run wrote.
+    """
+    try:
+        with safe_open(str(weights), framework="pt") as file:
+            header = file.metadata() or {}
+        names: list[str] = json.loads(header["classes"])
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"weights {weights}: cannot be read as a safetensors file: {error}") from error
+    except (KeyError, ValueError) as error:
+        raise UserError(f"weights {weights}: no class names in its header, expected the {WEIGHTS} of a run") from error
     return names
+
+
+def _name(step: int) -> str:
+    return f"{_PREFIX}{step:08d}"
 
 
 def _folders(folder: Path) -> Iterator[Path]:

@@ -76,7 +76,7 @@ def show(experiment: ExperimentFile, overrides: Overrides = None, verbose: Verbo
 
     from mimiclab.experiment import load_experiment, render
 
-    Console(soft_wrap=True).print(render(load_experiment(experiment, overrides or ())), end="")
+    Console(soft_wrap=True, markup=False).print(render(load_experiment(experiment, overrides or ())), end="")
 
 
 @app.command()
@@ -115,7 +115,7 @@ def _train(experiment: Experiment, address: str | None, fresh: bool, verbose: bo
     from mimiclab.summary import show_result
     from mimiclab.train import train
 
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)
     run = train(experiment, console=console, address=address, fresh=fresh, verbose=verbose)
     show_result(run, experiment, console)
 
@@ -128,7 +128,7 @@ def evaluate(run: RunName, storage: Storage = "./runs", verbose: Verbose = False
     from mimiclab import runs
     from mimiclab.summary import evaluate_run
 
-    evaluate_run(runs.find(run, storage), Console(soft_wrap=True))
+    evaluate_run(runs.find(run, storage), Console(soft_wrap=True, markup=False))
 
 
 @app.command()
@@ -146,14 +146,16 @@ def predict(
     from mimiclab import runs
     from mimiclab.summary import predict_and_show
 
-    predict_and_show(runs.find(run, storage), images, save, min_score, Console(soft_wrap=True))
+    predict_and_show(runs.find(run, storage), images, save, min_score, Console(soft_wrap=True, markup=False))
 
 
 @app.command()
 def ui(
     tracking: Annotated[str, typer.Option(help="MLflow's address.")] = "sqlite:///mlflow.db",
     project: Annotated[str, typer.Option(help="MLflow experiment to open.")] = "mimiclab",
-    port: Annotated[int | None, typer.Option(help="Port; the first free one from 5000 by default.")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port; the first free one from 5000 by default.", min=1, max=65535)
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Open MLflow's pages on 127.0.0.1, until Ctrl-C."""

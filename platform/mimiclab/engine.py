@@ -35,7 +35,7 @@ class Batch:
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss became NaN or infinite; the message names step, images and losses."""
+    """A loss or the gradient became NaN or infinite; the message names step, images and losses."""
 
 
 class _Objective(nn.Module):
@@ -100,18 +100,23 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         total, sums = self._objective(batch)
         means = self._reduce({"loss": total.detach() / self._share, **sums})
-        if not all(torch.isfinite(value) for value in means.values()):
-            broken = {name: float(value) for name, value in means.items() if not torch.isfinite(value)}
-            raise NonFiniteLossError(
-                f"step {self.step + 1}: {broken} over the global batch; this rank's images are {batch.image_ids}"
-            )
+        self._check_finite(means, batch)
         total.backward()
         parameters = [p for p in self.detector.parameters() if p.grad is not None]
         limit = self.config.clip_norm if self.config.clip_norm is not None else float("inf")
         norm = nn.utils.clip_grad_norm_(parameters, limit)
+        # A finite loss can have a gradient that is not; the next checkpoint would hold broken weights.
+        self._check_finite({"grad_norm": norm}, batch)
         self.optimizer.step()
         self.step += 1
         return {**means, "lr": torch.tensor(lr), "grad_norm": norm.detach()}
+
+    def _check_finite(self, values: Mapping[str, Tensor], batch: Batch) -> None:
+        if not all(torch.isfinite(value) for value in values.values()):
+            broken = {name: float(value) for name, value in values.items() if not torch.isfinite(value)}
+            raise NonFiniteLossError(
+                f"step {self.step + 1}: {broken} over the global batch; this rank's images are {batch.image_ids}"
+            )
 
     @property
     def _share(self) -> float:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from mimicdet import MimicDet
 from mimicdet.interface import Detector
+from mimiclab.build import build_detector
 from mimiclab.data.dataset import read_image
 from mimiclab.data.transforms import resize, resized_size
 from mimiclab.errors import UserError
@@ -33,7 +33,8 @@ class Detection:
 
 def load_detector(run: Run, experiment: Experiment) -> Detector:
     """The detector of a run with its best weights, in evaluation mode."""
-    detector = MimicDet(experiment.model, len(run.classes))
+    # What training started from may be gone, and is overwritten anyway.
+    detector = build_detector(replace(experiment.model, weights=None), run.classes)
     detector.load_state_dict(run.best().weights())
     return detector.eval()
 
@@ -54,7 +55,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
             raise UserError(f"image {path}: no such file or folder")
     if not found:
         raise UserError(f"{', '.join(map(str, paths))}: no images, expected files ending in {', '.join(SUFFIXES)}")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def predict(
@@ -70,7 +71,7 @@ def predict(
         done: called after each image.
 
     Raises:
-        UserError: an image cannot be read, or the folder not be written.
+        UserError: an image cannot be read, the folder cannot be made, or a picture would replace an image.
     """
     experiment = run.experiment()
     detector = load_detector(run, experiment)
@@ -79,6 +80,12 @@ def predict(
     except OSError as error:
         raise UserError(f"--save {save}: cannot be made: {error.strerror}") from error
     names = _picture_names(images)
+    inputs = {path.resolve() for path in images}
+    for path, name in names.items():
+        if (save / name).resolve() in inputs:
+            raise UserError(
+                f"--save {save}: the picture of {path} would replace an image there, expected another folder"
+            )
     results: dict[Path, list[Detection]] = {}
     for path in images:
         pixels = read_image(path)
@@ -87,8 +94,9 @@ def predict(
         resized, _ = resize(pixels, torch.zeros(0, 4), size)
         found = detector([resized])[0]
         kept = found["scores"] >= min_score
-        back = torch.tensor([width / size[0], height / size[1]]).repeat(2)
-        boxes, scores, labels = found["boxes"][kept] * back, found["scores"][kept], found["labels"][kept]
+        # Multiplied before divided: a box that ends at the border still ends exactly there.
+        boxes = found["boxes"][kept] * torch.tensor([width, height]).repeat(2) / torch.tensor(size).repeat(2)
+        scores, labels = found["scores"][kept], found["labels"][kept]
         results[path] = [
             Detection((x1, y1, x2, y2), score, run.classes[label])
             for (x1, y1, x2, y2), score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)

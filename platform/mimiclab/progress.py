@@ -48,7 +48,11 @@ class ProgressReader:
             if not line.endswith("\n"):  # nothing, or a line that is being written
                 self._file.seek(start)
                 return
-            yield json.loads(line)
+            try:
+                event = json.loads(line)
+            except ValueError:  # a killed writer's half line, and what the next writer put behind it
+                continue
+            yield event
 
 
 class ProgressView:
@@ -56,7 +60,7 @@ class ProgressView:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._last_line = 0.0
+        self._last_line = float("-inf")
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
@@ -81,6 +85,7 @@ class ProgressView:
             parts = [
                 f"{head} AP {metrics[f'{head}/AP']:.3f} AP50 {metrics[f'{head}/AP50']:.3f}"
                 for head in ("student", "teacher")
+                if f"{head}/AP" in metrics
             ]
             self._console.print(f"epoch {event['epoch']:g}: {', '.join(parts)}", highlight=False)
         else:

@@ -94,17 +94,21 @@ def folder_of(experiment: Experiment) -> Path:
     return Path(os.path.abspath(storage)) / experiment.name  # noqa: PTH100 (links stay as the user wrote them)
 
 
-def prepare(experiment: Experiment, *, fresh: bool) -> Path:
-    """Make the run's folder, or find it again for the same experiment.
+def check(experiment: Experiment, *, fresh: bool) -> None:
+    """Make sure that the run may have its folder, without touching it.
 
     Raises:
-        UserError: the folder holds another experiment of that name, or cannot be written.
+        UserError: the folder holds another experiment of that name and is not to start anew, or holds no run.
     """
     folder = folder_of(experiment)
     written = folder / EXPERIMENT
-    if fresh:
-        shutil.rmtree(folder, ignore_errors=True)
-    if written.is_file():
+    if not written.is_file():
+        # Else --fresh would remove whatever the user keeps under this name.
+        if folder.exists() and not (folder.is_dir() and all(p.name.startswith(".") for p in folder.iterdir())):
+            raise UserError(
+                f"run {folder}: the folder holds something that is no run; expected another name, or the folder removed"
+            )
+    elif not fresh:
         before = load_experiment(written).experiment
         if identity(before) != identity(experiment):
             changed = "\n  ".join(differences(before, experiment))
@@ -112,25 +116,42 @@ def prepare(experiment: Experiment, *, fresh: bool) -> Path:
                 f"run {folder}: it was started from another experiment. What changed:\n  {changed}\n"
                 "Give the new one another name, or start anew with --fresh, which removes the old one."
             )
+
+
+def prepare(experiment: Experiment, *, fresh: bool) -> Path:
+    """Make the run's folder, or find it again for the same experiment; `fresh` removes what it holds.
+
+    Raises:
+        UserError: see `check`; or the folder cannot be written.
+    """
+    check(experiment, fresh=fresh)
+    folder = folder_of(experiment)
     try:
-        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        if fresh and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f".{EXPERIMENT}"
         aside.write_text(resolved_yaml(experiment))
-        aside.replace(written)
+        aside.replace(folder / EXPERIMENT)
+        (folder / CHECKPOINTS).mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"where.storage: {folder} cannot be written: {error.strerror}") from error
     return folder
 
 
 def read(folder: Path) -> Run | None:
-    """The run in a folder, None where there is none."""
+    """The run in a folder, None where there is none.
+
+    Raises:
+        UserError: its run.json cannot be read.
+    """
     try:
         record = json.loads((folder / RUN).read_text())
-    except FileNotFoundError:
+        return Run(folder=folder, **{**record, "classes": tuple(record["classes"])})
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"run {folder}: {RUN} cannot be read: {error}") from error
-    return Run(folder=folder, **{**record, "classes": tuple(record["classes"])})
 
 
 def find(reference: str, storage: str = "./runs") -> Run:
@@ -145,7 +166,10 @@ def find(reference: str, storage: str = "./runs") -> Run:
             return run
     known = [run for run in map(read, sorted(Path(storage).absolute().glob("*/"))) if run is not None]
     matching = [run for run in known if len(reference) >= 6 and run.mlflow_run_id.startswith(reference)]
-    if len(matching) != 1:
+    if len(matching) > 1:
+        names = ", ".join(run.folder.name for run in matching)
+        raise UserError(f"run {reference}: several MLflow ids begin so ({names}); expected a longer one, or a name")
+    if not matching:
         names = ", ".join(run.folder.name for run in known) or "none"
         raise UserError(f"run {reference}: no such name, id or folder; runs in {storage}: {names}")
     return matching[0]

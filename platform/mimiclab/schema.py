@@ -170,6 +170,7 @@ PATH_KEYS = (
     "data.val.annotations",
     "data.val.images",
     "data.scenes.root",
+    "model.weights",
     "model.backbone.weights",
     "where.storage",
     "where.tracking",

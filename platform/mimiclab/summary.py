@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mimiclab.checkpoint import WEIGHTS
+from mimiclab.errors import UserError
 from mimiclab.runs import PICTURES, Run
 from mimiclab.schema import Experiment
 from mimiclab.tables import heads_table
@@ -37,7 +38,12 @@ def evaluate_run(run: Run, console: Console) -> None:
     from mimiclab.predict import load_detector
 
     experiment = run.experiment()
-    splits = read_splits(*locate(experiment.data))
+    splits = read_splits(locate(experiment.data))
+    if splits.val.classes != run.classes:
+        raise UserError(
+            f"{splits.val.annotations} has the classes {list(splits.val.classes)}, "
+            f"expected those that run {run.folder.name} was trained for: {list(run.classes)}"
+        )
     console.print(f"evaluating {len(splits.val.images)} images of {splits.val.annotations}", highlight=False)
     detector = load_detector(run, experiment)
     result = evaluate(detector, splits.val, experiment.data, experiment.eval, rank=0, world=1)
@@ -54,6 +60,7 @@ def predict_and_show(run: Run, images: Sequence[Path], save: Path, min_score: fl
     files = find_images(images)
     started = time.perf_counter()
     steps = iter(track(files, console=console, description="detecting", disable=not console.is_terminal))
+    next(steps)  # the bar starts at the first image and moves on when it is done
     results = predict(run, files, save, min_score=min_score, done=lambda: next(steps, None))
     seconds = time.perf_counter() - started
     for path, detections in results.items():

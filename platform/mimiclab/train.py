@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,13 @@ from mimiclab.session import ray_session, resources_per_worker
 from mimiclab.tracking import runs as tracking
 
 if TYPE_CHECKING:
+    from ray.train import UserCallback
+
     from mimiclab.data.splits import Splits
+
+# Sets of up to so many images are decoded before workers start, which takes seconds; in larger ones a damaged
+# image stops the run where it is met.
+DECODE_AHEAD = 2000
 
 _POLL_S = 0.3
 # Ray's own record of a fit; nothing is resumed from it.
@@ -37,29 +44,48 @@ def train(
     address: str | None = None,
     fresh: bool = False,
     verbose: bool = False,
+    tags: Mapping[str, str] | None = None,
+    callbacks: Sequence[UserCallback] = (),
 ) -> Run:
     """Train an experiment to its end, from its last checkpoint where it was begun before.
+
+    Args:
+        experiment: what to train.
+        console: gets what a person wants to know.
+        address: of a Ray cluster; see `ray_session`.
+        fresh: remove an earlier run of this name first.
+        verbose: let Ray talk.
+        tags: more tags of the MLflow run, as the parent that it is shown under.
+        callbacks: of Ray Train; they hear of every evaluation.
 
     Raises:
         UserError: anything that the user can mend, found before a worker starts wherever possible.
         KeyboardInterrupt: the run is recorded as killed; the same command goes on from its last checkpoint.
     """
+    from mimiclab.build import build_detector
     from mimiclab.data.coco import content_hash
-    from mimiclab.data.splits import locate, read_splits
+    from mimiclab.data.dataset import check_images
+    from mimiclab.data.splits import read_splits
 
     tracking.check_tracking(experiment.where.tracking)
     uri = tracking.absolute_uri(experiment.where.tracking)
-    train_split, val_split = locate(experiment.data)
-    splits = read_splits(train_split, val_split)
+    located = _located(experiment)
+    splits = read_splits(located.data)
     _announce(splits, console)
-    _check_model(experiment, len(splits.train.classes))
-    folder = runs.prepare(experiment, fresh=fresh)
-    before = runs.read(folder)
+    for split in (splits.train, splits.val):
+        if len(split.images) <= DECODE_AHEAD:
+            check_images(split)
+    # Built once here, so that weights that do not fit are found before workers start.
+    build_detector(located.model, splits.train.classes)
+    runs.check(experiment, fresh=fresh)
+    before = None if fresh else runs.read(runs.folder_of(experiment))
     if before is not None and before.status == "finished" and _is_complete(before, experiment, splits):
         console.print(f"run {experiment.name} is complete already; --fresh starts it anew", highlight=False)
         return before
 
     with ray_session(address, experiment.scale, verbose=verbose):
+        # Nothing is made or removed before the cluster has answered and is large enough.
+        folder = runs.prepare(experiment, fresh=fresh)
         if fresh:
             tracking.forget_run(uri, experiment.where.project, experiment.name, identity(experiment))
         mlflow_run_id = tracking.open_run(
@@ -68,7 +94,7 @@ def train(
             experiment.name,
             identity(experiment),
             params={key: str(value) for key, value in flatten(experiment).items()},
-            tags={"mimiclab.classes": ", ".join(splits.train.classes)},
+            tags={"mimiclab.classes": ", ".join(splits.train.classes), **(tags or {})},
         )
         tracking.log_text(uri, mlflow_run_id, resolved_yaml(experiment))
         for context, split in (("train", splits.train), ("val", splits.val)):
@@ -83,16 +109,14 @@ def train(
         run = Run(folder, identity(experiment), uri, mlflow_run_id, splits.train.classes, "running")
         run.write()
         job = {
-            "experiment": experiment.model_dump_json(),
+            "experiment": located.model_dump_json(),
             "folder": str(folder),
-            "train": (train_split.annotations, train_split.images),
-            "val": (val_split.annotations, val_split.images),
             "tracking": uri,
             "mlflow_run_id": mlflow_run_id,
         }
         status: runs.Status = "failed"
         try:
-            _fit(job, experiment, run, console)
+            _fit(job, experiment, run, console, callbacks)
             status = "finished"
         except KeyboardInterrupt:
             status = "killed"
@@ -114,7 +138,9 @@ def _loop(job: Mapping[str, Any]) -> None:
     work(Job(**job))
 
 
-def _fit(job: dict[str, Any], experiment: Experiment, run: Run, console: Console) -> None:
+def _fit(
+    job: dict[str, Any], experiment: Experiment, run: Run, console: Console, callbacks: Sequence[UserCallback]
+) -> None:
     """Run Ray Train in a thread and show its progress here, where Ctrl-C arrives."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -131,6 +157,7 @@ def _fit(job: dict[str, Any], experiment: Experiment, run: Run, console: Console
         run_config=RunConfig(
             name=_RAY_FOLDER,
             storage_path=str(run.folder),
+            callbacks=list(callbacks),
             failure_config=FailureConfig(max_failures=0),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
@@ -167,6 +194,23 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
+def _located(experiment: Experiment) -> Experiment:
+    """The same experiment for a process in any folder of this machine: its data exists, its paths are absolute."""
+    from mimiclab.data.splits import locate
+
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else str(Path(path).absolute())
+
+    model = experiment.model
+    backbone = replace(model.backbone, weights=absolute(model.backbone.weights))
+    return experiment.model_copy(
+        update={
+            "data": locate(experiment.data),
+            "model": replace(model, weights=absolute(model.weights), backbone=backbone),
+        }
+    )
+
+
 def _announce(splits: Splits, console: Console) -> None:
     for name, split in (("train", splits.train), ("val", splits.val)):
         num_boxes = sum(len(record.boxes) for record in split.images)
@@ -176,16 +220,6 @@ def _announce(splits: Splits, console: Console) -> None:
     console.print(f"classes: {', '.join(splits.train.classes)}", highlight=False)
 
 
-def _check_model(experiment: Experiment, num_classes: int) -> None:
-    """Build the detector once, so that weights that do not fit are found before workers start."""
-    from mimicdet import MimicDet
-
-    try:
-        MimicDet(experiment.model, num_classes)
-    except ValueError as error:
-        raise UserError(f"model: {error}") from error
-
-
 def _is_complete(run: Run, experiment: Experiment, splits: Splits) -> bool:
     from mimiclab import checkpoint
     from mimiclab.data.order import Order
@@ -193,10 +227,3 @@ def _is_complete(run: Run, experiment: Experiment, splits: Splits) -> bool:
     newest = checkpoint.latest(run.checkpoints, warn=lambda _: None)
     order = Order(len(splits.train.images), experiment.optim.global_batch, experiment.seed)
     return newest is not None and newest.step >= order.num_steps(experiment.optim.epochs)
-
-
-def weights_of(run: Run) -> Path:
-    """The best weights of a run."""
-    from mimiclab.checkpoint import WEIGHTS
-
-    return run.best().path / WEIGHTS

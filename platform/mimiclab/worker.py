@@ -17,21 +17,22 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mimicdet import MimicDet
 from mimicdet.interface import Detector
 from mimiclab import checkpoint
+from mimiclab.build import build_detector
 from mimiclab.checkpoint import Checkpoint
 from mimiclab.data.coco import CocoDataset
 from mimiclab.data.dataset import TrainBatches, read_image
 from mimiclab.data.order import Order
 from mimiclab.data.splits import Splits, read_splits
 from mimiclab.engine import Batch, Engine
+from mimiclab.errors import UserError
 from mimiclab.evaluate import Evaluation, detections_of, evaluate
 from mimiclab.pictures import Panel, side_by_side
 from mimiclab.progress import ProgressWriter
 from mimiclab.runs import CHECKPOINTS, PICTURES, PROGRESS
-from mimiclab.schema import Experiment, Split
-from mimiclab.tracking.protocol import Row, Tracker
+from mimiclab.schema import Experiment
+from mimiclab.tracking.protocol import Row, Tracker, as_key
 from mimiclab.tracking.writer import MlflowTracker
 
 # How long the end of a run waits for the tracking server, seconds.
@@ -43,12 +44,9 @@ class Job:
     """What the driver hands to every worker; plain values only, so that it travels as a dict."""
 
     experiment: str
-    """The resolved experiment as JSON."""
+    """The experiment as JSON, its data located and its paths absolute."""
     folder: str
     """The run's folder, absolute."""
-    train: tuple[str, str]
-    """Annotation file and image folder, absolute."""
-    val: tuple[str, str]
     tracking: str
     mlflow_run_id: str
 
@@ -60,11 +58,9 @@ def work(job: Job) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(experiment.scale.threads)
     device = ray.train.torch.get_device() if experiment.scale.gpu else torch.device("cpu")
-    splits = read_splits(
-        Split(annotations=job.train[0], images=job.train[1]), Split(annotations=job.val[0], images=job.val[1])
-    )
+    splits = read_splits(experiment.data)
     torch.manual_seed(experiment.seed)
-    detector = MimicDet(experiment.model, len(splits.train.classes)).to(device)
+    detector = build_detector(experiment.model, splits.train.classes).to(device)
     order = Order(len(splits.train.images), experiment.optim.global_batch, experiment.seed)
     engine = Engine(
         detector,
@@ -75,6 +71,7 @@ def work(job: Job) -> None:
     leader = _Leader(job, experiment, splits) if rank == 0 else None
     newest = _agree(leader.newest() if leader else None, world)
     if newest is not None:
+        _check_resumable(newest, splits)
         detector.load_state_dict(newest.weights())
         engine.load_state_dict(newest.state())
     if leader:
@@ -174,12 +171,12 @@ class _Leader:
                 "value": evaluation.metrics["student/AP"],
             }
         values = {**evaluation.metrics, "best/student/AP": self._best["value"], "epoch": float(epoch)}
-        self._tracker.log_metrics(engine.step, values)
+        self._tracker.log_metrics(engine.step, {_key(name): value for name, value in values.items()})
         pictures = Path(self._job.folder) / PICTURES
         pictures.mkdir(exist_ok=True)
         num = self._experiment.eval.num_pictures
         for name, image in validation_pictures(self._val, evaluation, num).items():
-            self._tracker.log_picture(f"validation/{name}", engine.step, image)
+            self._tracker.log_picture(f"validation/{as_key(name)}", engine.step, image)
             image.save(pictures / f"{name}.png")
         self._progress.write("evaluation", epoch=epoch, metrics=evaluation.metrics)
 
@@ -195,7 +192,7 @@ class _Leader:
         }
         checkpoint.save(self._folder, detector.state_dict(), engine.state_dict(), meta)
         keep = [self._best["step"]] if self._best else []
-        checkpoint.prune(self._folder, keep=self._experiment.checkpoint.keep, steps=keep)
+        checkpoint.prune(self._folder, newest=engine.step, keep=self._experiment.checkpoint.keep, steps=keep)
 
     def finish(self) -> None:
         best = self._folder / f"step-{self._best['step']:08d}" if self._best else None
@@ -224,11 +221,25 @@ def validation_pictures(dataset: CocoDataset, evaluation: Evaluation, num: int) 
     return pictures
 
 
+def _key(metric: str) -> str:
+    """A metric's name as a key of the tracker; a class name in it may hold any character, a slash too."""
+    return "/".join(as_key(part) for part in metric.split("/", 2))
+
+
 def _evaluation_steps(order: Order, experiment: Experiment) -> dict[int, int]:
     """Epoch that ends at each step after which the run is evaluated."""
     epochs = experiment.optim.epochs
     wanted = {*range(experiment.eval.every_epochs, epochs + 1, experiment.eval.every_epochs), epochs}
     return {order.epoch_end_step(epoch): epoch for epoch in sorted(wanted)}
+
+
+def _check_resumable(newest: Checkpoint, splits: Splits) -> None:
+    before, now = newest.meta["classes"], list(splits.train.classes)
+    if before != now:
+        raise UserError(
+            f"checkpoint {newest.path} is of the classes {before}, the data now has {now}; "
+            "expected the data that the run was started with, or --fresh"
+        )
 
 
 def _agree(newest: Checkpoint | None, world: int) -> Checkpoint | None:

@@ -95,7 +95,9 @@ def test_a_deleted_project_is_named(uri: str) -> None:
         runs.open_run(uri, "gone", "a", "abc", {}, {})
 
 
-def test_inputs_and_files_are_stored_once_next_to_the_database(uri: str, run_id: str, tmp_path: Path) -> None:
+def test_inputs_and_files_are_stored_once_next_to_the_database(
+    uri: str, run_id: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for _ in range(2):
         runs.log_dataset_input(uri, run_id, "bccd", "0" * 64, "/data/train.json", "train")
         runs.log_text(uri, run_id, "name: größe")
@@ -112,6 +114,7 @@ def test_inputs_and_files_are_stored_once_next_to_the_database(uri: str, run_id:
     tracker.log_artifact(tmp_path / "weights" / "a.txt")
     tracker.log_artifact(tmp_path / "never made")
     assert tracker.close(30) == []
+    assert "never made was gone" in caplog.text
     stored = Path(uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts" / run_id / "artifacts"
     assert (stored / "experiment.yaml").read_text() == "name: größe"
     assert (stored / "a.txt").read_text() == (stored / "best" / "a.txt").read_text() == "a"
@@ -207,6 +210,12 @@ def test_a_step_is_never_split_over_two_calls() -> None:
     assert _end_of_steps(rows[:900]) == 900
     assert _end_of_steps(rows) == 900
     assert _end_of_steps([Row(f"m{i}", 0.0, 0, 5) for i in range(1500)]) == 1000
+
+    tracker = MlflowTracker("http://127.0.0.1:9", "0" * 32, rows)  # nobody answers there: the thread sends nothing
+    assert tracker._next_rows() == rows[:900]
+    assert tracker._next_rows() == rows[:900], "the same rows until they are acknowledged"
+    assert tracker.unsent() == rows
+    assert tracker.close(0) == rows
 
 
 def test_a_picture_of_a_repeated_step_is_not_stored_again(uri: str, run_id: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,17 @@ def read_image(path: Path) -> Tensor:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as an image: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def check_images(dataset: CocoDataset) -> None:
+    """Decode every image, in threads.
+
+    Raises:
+        UserError: one cannot be decoded, or is not of its stored size.
+    """
+    with ThreadPoolExecutor() as threads:
+        for _ in threads.map(_read_record, dataset.images):
+            pass
 
 
 def scale_boxes(boxes: Tensor, record: ImageRecord, size: tuple[int, int]) -> Tensor:
@@ -130,14 +142,19 @@ class EvalBatches(Dataset[Batch]):
         return Batch(images, targets, padded_size(sizes), [record.id for record in records])
 
 
-def _load(record: ImageRecord, size: tuple[int, int], key: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Read and resize one image; its target, with boxes in the resized image's pixels."""
+def _read_record(record: ImageRecord) -> Tensor:
     image = read_image(record.path)
     height, width = image.shape[1:]
     if (width, height) != (record.width, record.height):
         raise UserError(
             f"{record.path}: the image is {width} x {height}, its annotation file says {record.width} x {record.height}"
         )
+    return image
+
+
+def _load(record: ImageRecord, size: tuple[int, int], key: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Read and resize one image; its target, with boxes in the resized image's pixels."""
+    image = _read_record(record)
     image, boxes = resize(image, torch.tensor(record.boxes), size)
     target = {
         "boxes": boxes,

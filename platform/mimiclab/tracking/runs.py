@@ -27,7 +27,6 @@ IDENTITY_TAG = "mimiclab.identity"
 FORGOTTEN_TAG = "mimiclab.forgotten"
 
 # MLflow's limits.
-_MAX_PARAMS_PER_CALL = 100
 _MAX_PARAM_LENGTH = 6000
 _MAX_DIGEST_LENGTH = 36
 
@@ -68,8 +67,7 @@ def open_run(
 
     run_id = str(run.info.run_id)
     missing = [Param(key, value[:_MAX_PARAM_LENGTH]) for key, value in params.items() if key not in run.data.params]
-    for start in range(0, len(missing), _MAX_PARAMS_PER_CALL):
-        client.log_batch(run_id, params=missing[start : start + _MAX_PARAMS_PER_CALL], synchronous=True)
+    client.log_batch(run_id, params=missing, synchronous=True)
     return run_id
 
 

@@ -204,6 +204,7 @@ def _step(row: Row) -> int:
 
 def _end_of_steps(rows: Sequence[Row]) -> int:
     """How many of the first rows fit one call without splitting a step; ``rows`` are in order of steps."""
+    # MLflow's client would cut longer lists by itself, anywhere.
     if len(rows) <= _MAX_ROWS_PER_CALL:
         return len(rows)
     end = bisect.bisect_left(rows, rows[_MAX_ROWS_PER_CALL].step, key=_step)

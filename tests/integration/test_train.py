@@ -1,0 +1,245 @@
+"""The main job on a real Ray cluster and a real MLflow store. Every fit starts processes for most of a minute,
+so few fits show much each."""
+
+import io
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from mlflow import MlflowClient
+from rich.console import Console
+
+from mimiclab import checkpoint, runs
+from mimiclab import train as train_module
+from mimiclab.build import build_detector
+from mimiclab.data.dataset import TrainBatches
+from mimiclab.data.order import Order
+from mimiclab.data.splits import locate, read_splits
+from mimiclab.engine import Engine
+from mimiclab.errors import UserError
+from mimiclab.evaluate import evaluate
+from mimiclab.experiment import load_experiment
+from mimiclab.predict import load_detector
+from mimiclab.progress import ProgressReader
+from mimiclab.schema import Experiment
+from mimiclab.train import train
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
+
+# 5 steps an epoch less one image, so that epochs end inside of a batch; slices of 2 and 1 images.
+TINY = """
+name: tiny
+data:
+  scenes: {root: ROOT/data, train: 14, val: 6, size: 64}
+  resize: {short: 64, long: 64}
+model:
+  backbone: {name: resnet18, width: 16}
+  pyramid: {channels: 16, max_level: 5}
+  anchors: {scale: 2}
+  student: {head_width: 32, offsets: analytic_learned}
+  teacher: {num_rois: 16, num_convs: 1}
+optim: {name: adamw, lr: 1e-3, global_batch: 3, epochs: 3, schedule: cosine, warmup_steps: 2}
+eval: {num_pictures: 2, teacher_topk: 50}
+checkpoint: {every_steps: 2, keep: 2}
+scale: {workers: 2}
+where: {storage: ROOT/runs, tracking: "sqlite:///ROOT/mlflow.db"}
+"""
+NUM_STEPS = 14
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("train")
+
+
+def tiny(root: Path, *overrides: str) -> Experiment:
+    file = root / "tiny.yaml"
+    file.write_text(TINY.replace("ROOT", str(root)))
+    return load_experiment(file, overrides).experiment
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def said(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def finished(root: Path, ray_cluster: None) -> runs.Run:
+    """A run of two workers from start to end."""
+    return train(tiny(root), console=quiet())
+
+
+def history(run: runs.Run, key: str) -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in MlflowClient(run.tracking).get_metric_history(run.mlflow_run_id, key)]
+
+
+def test_every_step_is_in_mlflow_once(finished: runs.Run) -> None:
+    losses = history(finished, "train/loss")
+    assert [step for step, _ in losses] == list(range(1, NUM_STEPS + 1))
+    assert [step for step, _ in history(finished, "student/AP")] == [5, 10, 14]
+    assert losses[-1][1] < losses[0][1]
+
+
+def test_mlflow_holds_what_a_reader_needs(finished: runs.Run) -> None:
+    client = MlflowClient(finished.tracking)
+    run = client.get_run(finished.mlflow_run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.mimic.cls_weight"] == "1.0"
+    assert [(d.dataset.name, d.tags[0].value) for d in run.inputs.dataset_inputs] == [
+        ("instances_train", "train"),
+        ("instances_val", "val"),
+    ]
+    artifacts = {file.path for file in client.list_artifacts(finished.mlflow_run_id)}
+    assert {"experiment.yaml", "images", "weights"} <= artifacts
+    pictures = client.list_artifacts(finished.mlflow_run_id, "images")
+    assert len({file.path for file in pictures if file.path.endswith(".png")}) == 2 * 3
+    assert len(list((finished.folder / runs.PICTURES).glob("*.png"))) == 2
+
+
+def test_two_workers_take_the_steps_of_one(finished: runs.Run, root: Path) -> None:
+    """The losses that Ray's workers logged are those of a plain loop over the same order, up to rounding."""
+    experiment = tiny(root)
+    splits = read_splits(locate(experiment.data))
+    torch.manual_seed(experiment.seed)
+    order = Order(len(splits.train.images), experiment.optim.global_batch, experiment.seed)
+    engine = Engine(
+        build_detector(experiment.model, splits.train.classes),
+        experiment.optim,
+        num_steps=NUM_STEPS,
+        steps_per_epoch=len(splits.train.images) / experiment.optim.global_batch,
+    )
+    batches = TrainBatches(splits.train, order, short=64, long=64, flip=experiment.data.flip, rank=0, world=1)
+    for step in range(3):
+        means = engine.train_step(batches[step])
+        for name, value in means.items():
+            assert history(finished, f"train/{name}")[step] == (step + 1, pytest.approx(float(value), rel=1e-4))
+
+
+def test_the_logged_ap_is_that_of_the_saved_weights(finished: runs.Run, root: Path) -> None:
+    experiment = tiny(root)
+    best = finished.best()
+    detector = load_detector(finished, finished.experiment())
+    again = evaluate(
+        detector, read_splits(locate(experiment.data)).val, experiment.data, experiment.eval, rank=0, world=1
+    )
+    assert again is not None
+    logged = dict(history(finished, "student/AP"))
+    assert logged[best.step] == max(logged.values())
+    assert again.metrics == pytest.approx(best.meta["metrics"], abs=1e-6)
+    assert again.metrics["student/AP"] == pytest.approx(logged[best.step], abs=1e-6)
+
+
+def test_a_complete_run_says_so(finished: runs.Run, root: Path) -> None:
+    console = quiet()
+    assert train(tiny(root), console=console).mlflow_run_id == finished.mlflow_run_id
+    assert "complete already" in said(console)
+    assert "starting" not in said(console)
+
+
+def test_a_changed_file_under_the_same_name_is_refused(finished: runs.Run, root: Path) -> None:
+    with pytest.raises(UserError, match=r"optim\.lr: 0\.001 -> 0\.002"):
+        train(tiny(root, "optim.lr=2e-3"), console=quiet())
+
+
+def workers_of_this_process() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+
+
+def at_step(folder: Path, step: int, action: Callable[[], None]) -> threading.Thread:
+    """Do something as soon as a run has reported a step."""
+
+    def wait() -> None:
+        path = folder / runs.PROGRESS
+        while not path.exists():
+            time.sleep(0.05)
+        reader = ProgressReader(path)
+        while not any(event.get("step", 0) >= step for event in reader.new_events()):
+            time.sleep(0.01)
+        action()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(finished: runs.Run, root: Path) -> None:
+    """A worker is killed by SIGKILL between checkpoints; the same command ends bit for bit where `finished` did."""
+    experiment = tiny(root, "name=killed")
+    folder = runs.folder_of(experiment)
+    killer = at_step(folder, 7, lambda: workers_of_this_process()[-1].kill())
+    with pytest.raises(Exception, match=r"(?s).+") as failure:
+        train(experiment, console=quiet())
+    killer.join(timeout=10)
+    assert not isinstance(failure.value, UserError)
+    broken = runs.read(folder)
+    assert broken is not None
+    assert broken.status == "failed"
+    assert MlflowClient(broken.tracking).get_run(broken.mlflow_run_id).info.status == "FAILED"
+    stopped = checkpoint.latest(broken.checkpoints, warn=pytest.fail)
+    assert stopped is not None
+    assert 0 < stopped.step < NUM_STEPS
+
+    resumed = train(experiment, console=quiet())
+    assert resumed.mlflow_run_id == broken.mlflow_run_id
+    ends = [checkpoint.latest(run.checkpoints, warn=pytest.fail) for run in (finished, resumed)]
+    assert ends[0] is not None
+    assert ends[1] is not None
+    expected, weights = ends[0].weights(), ends[1].weights()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    for key in ("train/loss", "train/grad_norm", "student/AP", "teacher/AP50"):
+        assert history(resumed, key) == history(finished, key)
+
+
+def test_a_damaged_image_met_by_a_worker_is_named(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "DECODE_AHEAD", 0)
+    experiment = tiny(root, "name=damaged", f"data.scenes.root={tmp_path}", "scale.workers=1")
+    located = locate(experiment.data)
+    assert located.train is not None
+    image = sorted(Path(located.train.images).iterdir())[3]
+    image.write_bytes(image.read_bytes()[:200])
+    with pytest.raises(UserError, match=image.name):
+        train(experiment, console=quiet())
+
+
+def test_ctrl_c_stops_cleanly(root: Path, tmp_path: Path) -> None:
+    """The command line on a cluster of its own: exit code 130, the run recorded as killed, no process left."""
+    file = tmp_path / "long.yaml"
+    content = yaml.safe_load(TINY.replace("ROOT", str(root)))
+    content |= {"name": "interrupted", "scale": {"workers": 1}}
+    content["optim"]["epochs"] = 1000
+    file.write_text(yaml.safe_dump(content))
+    folder = root / "runs" / "interrupted"
+    command = [sys.executable, "-c", "from mimiclab.cli import main; main()", "train", str(file)]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    children: list[psutil.Process] = []
+
+    def interrupt() -> None:
+        children.extend(psutil.Process(process.pid).children(recursive=True))
+        process.send_signal(signal.SIGINT)
+
+    at_step(folder, 3, interrupt)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 130, output
+    assert "same command" in output
+    assert "Traceback" not in output
+    run = runs.read(folder)
+    assert run is not None
+    assert run.status == "killed"
+    assert MlflowClient(run.tracking).get_run(run.mlflow_run_id).info.status == "KILLED"
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert alive == []

@@ -1,0 +1,114 @@
+"""Stages C2..C5 of the classification networks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from mimicdet.backbone import Backbone, group_norm
+from mimicdet.config import BackboneConfig
+
+CHANNELS = {
+    ("resnet18", 64): (64, 128, 256, 512),
+    ("resnet18", 16): (16, 32, 64, 128),
+    ("resnet50", 64): (256, 512, 1024, 2048),
+    ("mobilenet_v2", 64): (24, 32, 96, 320),
+}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[nn.Module, Path]]:
+    """Networks of torchvision in evaluation mode, with statistics that matter, and their weight files."""
+    torch.manual_seed(0)
+    answer = {}
+    for name in ("resnet18", "mobilenet_v2"):
+        net = getattr(torchvision.models, name)().eval()
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.running_mean, -0.5, 0.5)
+                nn.init.uniform_(module.running_var, 0.5, 2)
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.uniform_(module.bias, -0.5, 0.5)
+        path = tmp_path_factory.mktemp("weights") / f"{name}.safetensors"
+        save_file(net.state_dict(), path)
+        answer[name] = (net, path)
+    return answer
+
+
+@pytest.mark.parametrize(("name", "width"), CHANNELS)
+def test_channels_and_strides(name: str, width: int) -> None:
+    backbone = Backbone(BackboneConfig(name=name, width=width))
+    with torch.no_grad():
+        features = backbone(torch.randn(1, 3, 64, 96))
+    assert list(features) == [2, 3, 4, 5]
+    assert tuple(backbone.channels.values()) == CHANNELS[name, width]
+    for level, feature in features.items():
+        assert feature.shape == (1, backbone.channels[level], 64 >> level, 96 >> level)
+
+
+def test_odd_sizes_are_rounded_up() -> None:
+    # Anchors count on it: an image without padding has ceil(side / stride) cells.
+    features = Backbone(BackboneConfig(name="resnet18", width=8))(torch.randn(1, 3, 33, 65))
+    assert {level: tuple(f.shape[-2:]) for level, f in features.items()} == {
+        2: (9, 17),
+        3: (5, 9),
+        4: (3, 5),
+        5: (2, 3),
+    }
+
+
+def test_resnet_computes_what_torchvision_does(published: dict[str, tuple[nn.Module, Path]]) -> None:
+    net, path = published["resnet18"]
+    features = Backbone(BackboneConfig(name="resnet18", weights=str(path)))(torch.ones(1, 3, 64, 64))
+    x = net.maxpool(net.relu(net.bn1(net.conv1(torch.ones(1, 3, 64, 64)))))
+    for level, layer in zip((2, 3, 4, 5), (net.layer1, net.layer2, net.layer3, net.layer4), strict=True):
+        x = layer(x)
+        assert torch.allclose(features[level], x, rtol=1e-3, atol=1e-4)
+
+
+def test_mobilenet_computes_what_torchvision_does(published: dict[str, tuple[nn.Module, Path]]) -> None:
+    net, path = published["mobilenet_v2"]
+    image = torch.randn(1, 3, 64, 64)
+    features = Backbone(BackboneConfig(name="mobilenet_v2", weights=str(path)))(image)
+    x, last = image, {}
+    for block in list(net.features)[:-1]:
+        x = block(x)
+        last[x.shape[-1]] = x  # what remains is each resolution's last block
+    for level, feature in features.items():
+        assert torch.allclose(feature, last[64 >> level], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("frozen_stages", [0, 2, 5])
+def test_frozen_stages_have_no_gradient(
+    published: dict[str, tuple[nn.Module, Path]], name: str, frozen_stages: int
+) -> None:
+    path = str(published[name][1])
+    backbone = Backbone(BackboneConfig(name=name, weights=path, frozen_stages=frozen_stages))
+    features = backbone(torch.randn(1, 3, 64, 64))
+    if frozen_stages < 5:
+        sum(f.sum() for f in features.values()).backward()
+    for index, stage in enumerate(backbone.stages):
+        for parameter in stage.parameters():
+            assert (parameter.grad is not None) == (index >= frozen_stages)
+    # Statistics stay as published in training mode, in every stage.
+    assert not [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert [m for m in backbone.modules() if isinstance(m, FrozenBatchNorm2d)]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_a_random_start_uses_group_norm_only(name: str) -> None:
+    backbone = Backbone(BackboneConfig(name=name))
+    assert not [m for m in backbone.modules() if isinstance(m, FrozenBatchNorm2d | nn.BatchNorm2d)]
+    assert [m for m in backbone.modules() if isinstance(m, nn.GroupNorm)]
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups"), [(8, 1), (16, 2), (24, 3), (64, 8), (144, 18), (256, 32), (320, 32), (2048, 32)]
+)
+def test_groups_have_eight_channels_up_to_32_groups(channels: int, groups: int) -> None:
+    assert group_norm(channels).num_groups == groups
