@@ -48,7 +48,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class _NarrowResNet(ResNet):  # type: ignore[misc]  # torchvision ships no types
-    """torchvision's ResNet of basic blocks with `width` instead of 64 channels in stem and C2, all else in proportion."""
+    """torchvision's basic-block ResNet with `width` instead of 64 channels in stem and C2, all else in proportion."""
 
     def __init__(self, layers: Sequence[int], width: int, norm_layer: Callable[..., nn.Module]) -> None:
         self._width = width

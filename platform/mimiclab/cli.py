@@ -16,6 +16,9 @@ import typer
 from mimiclab.errors import UserError
 
 if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+    from mimiclab.cluster.state import LocalCluster
     from mimiclab.schema import Experiment
 
 app = typer.Typer(
@@ -121,6 +124,24 @@ def _train(experiment: Experiment, address: str | None, fresh: bool, verbose: bo
 
 
 @app.command()
+def search(
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    address: Address = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Remove the search of this name and start anew.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Search the space of an experiment; rank its trials and write the best as an experiment."""
+    from rich.console import Console
+
+    from mimiclab.experiment import load_experiment
+    from mimiclab.search import driver
+
+    loaded = load_experiment(experiment, overrides or ())
+    driver.search(loaded, console=Console(soft_wrap=True), address=address, fresh=fresh, verbose=verbose)
+
+
+@app.command()
 def evaluate(run: RunName, storage: Storage = "./runs", verbose: Verbose = False) -> None:
     """Score a run's best weights on its validation set, both heads."""
     from rich.console import Console
@@ -162,6 +183,141 @@ def ui(
     from mimiclab.tracking.ui import serve
 
     serve(tracking, port, project)
+
+
+submit_app = typer.Typer(help="Run a verb as a job on a cluster, with the code that is here.", no_args_is_help=True)
+jobs_app = typer.Typer(help="Jobs that were submitted to a cluster.", no_args_is_help=True)
+cluster_app = typer.Typer(help="A cluster on this machine.", no_args_is_help=True)
+app.add_typer(submit_app, name="submit")
+app.add_typer(jobs_app, name="jobs")
+app.add_typer(cluster_app, name="cluster")
+
+JobServer = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        metavar="URL",
+        help="Job server of a Ray cluster; $RAY_API_SERVER_ADDRESS or $RAY_ADDRESS, else that of `cluster up`.",
+    ),
+]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="Name of a job, as `jobs list` shows it.")]
+
+
+@submit_app.command("train")
+def submit_train(
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    address: JobServer = None,
+    name: Annotated[str | None, typer.Option(help="Name of the job; the experiment's by default.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Remove the run of this name and start anew.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show the job's log until it ends.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train an experiment as a job; submitted again, it goes on where it was."""
+    from mimiclab.cluster import jobs
+    from mimiclab.cluster.server import connect
+    from mimiclab.experiment import load_experiment
+
+    loaded = load_experiment(experiment, overrides or ()).experiment
+    client = connect(address)
+    job = jobs.submit_train(client, loaded, name=name, fresh=fresh, say=typer.echo)
+    if follow:
+        _follow(client, job)
+    else:
+        typer.echo(f"its log: mimiclab jobs logs {job} --follow")
+
+
+@jobs_app.command("list")
+def jobs_list(address: JobServer = None, verbose: Verbose = False) -> None:
+    """List all jobs of the cluster, the newest first."""
+    from mimiclab.cluster import jobs
+    from mimiclab.cluster.server import connect
+
+    typer.echo(jobs.table(jobs.list_jobs(connect(address))))
+
+
+@jobs_app.command("logs")
+def jobs_logs(
+    job: JobName,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    address: JobServer = None,
+    verbose: Verbose = False,
+) -> None:
+    """Show what a job has printed."""
+    from mimiclab.cluster import jobs
+    from mimiclab.cluster.server import connect
+
+    client = connect(address)
+    if follow:
+        _follow(client, job)
+    else:
+        typer.echo(jobs.read_log(client, job), nl=False)
+
+
+@jobs_app.command("stop")
+def jobs_stop(job: JobName, address: JobServer = None, verbose: Verbose = False) -> None:
+    """Stop a job; submitted again, it goes on from its run's last checkpoint."""
+    from mimiclab.cluster import jobs
+    from mimiclab.cluster.server import connect
+
+    ended = jobs.stop(connect(address), job)
+    typer.echo(f"job {ended.id} has ended: {ended.status}")
+
+
+def _follow(client: JobSubmissionClient, job: str) -> None:
+    """Show a job's log until it ends, and exit as it did."""
+    from mimiclab.cluster import jobs
+
+    try:
+        ended = jobs.follow(client, job, lambda text: typer.echo(text, nl=False))
+    except KeyboardInterrupt:
+        typer.echo(f"\njob {job} goes on; mimiclab jobs logs {job} --follow shows it, mimiclab jobs stop {job} ends it")
+        raise
+    if ended.status != "SUCCEEDED":
+        typer.echo(f"job {ended.id} has ended: {ended.status}: {ended.message}", err=True)
+        raise typer.Exit(1)
+    typer.echo(f"job {ended.id} has ended: {ended.status}")
+
+
+@cluster_app.command("up")
+def cluster_up(
+    num_cpus: Annotated[
+        int | None, typer.Option(help="CPUs that it offers; as many as the machine has by default.", min=1)
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Start a cluster on this machine; it runs until `cluster down`."""
+    from mimiclab.cluster import local
+
+    _describe(local.up(num_cpus, typer.echo))
+
+
+@cluster_app.command("status")
+def cluster_status(verbose: Verbose = False) -> None:
+    """Say what runs of the cluster on this machine."""
+    from mimiclab.cluster import state
+
+    cluster = state.running()
+    if cluster is None:
+        typer.echo("no cluster runs on this machine; mimiclab cluster up starts one")
+    else:
+        _describe(cluster)
+
+
+@cluster_app.command("down")
+def cluster_down(verbose: Verbose = False) -> None:
+    """End the cluster on this machine, and its jobs."""
+    from mimiclab.cluster import local
+
+    if not local.down(typer.echo):
+        typer.echo("no cluster runs on this machine")
+
+
+def _describe(cluster: LocalCluster) -> None:
+    from mimiclab.cluster import local
+
+    for name, what in local.describe(cluster):
+        typer.echo(f"{name + ':':12}{what}")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -45,6 +45,18 @@ def evaluate(
 
     Every rank has to call it; all but rank 0 get None.
     """
+    share = detect(detector, dataset, data, config, rank=rank, world=world)
+    shares: list[dict[str, Detections] | None] = [share]
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, share)
+    return score(dataset, [part for part in shares if part is not None]) if rank == 0 else None
+
+
+def detect(
+    detector: Detector, dataset: CocoDataset, data: DataConfig, config: EvalConfig, *, rank: int, world: int
+) -> dict[str, Detections]:
+    """Each head's detections (n, 7) on this rank's share of the images; no head where the share is empty."""
     batches = EvalBatches(
         dataset,
         short=data.resize.short,
@@ -59,16 +71,14 @@ def evaluate(
         for head, answers in heads.items():
             for record, found in zip(batches.records(item), answers, strict=True):
                 rows.setdefault(head, []).append(_rows(record, found, dataset, data))
-    gathered = [rows]
-    if world > 1:
-        received: list[dict[str, list[Detections]] | None] = [None] * world
-        dist.all_gather_object(received, rows)
-        gathered = [part for part in received if part is not None]
-    if rank != 0:
-        return None
+    return {head: np.concatenate(parts) for head, parts in rows.items()}
+
+
+def score(dataset: CocoDataset, shares: Sequence[Mapping[str, Detections]]) -> Evaluation:
+    """Metrics of each head from what the ranks detected; the same for any dealing of the images to ranks."""
     detections = {
-        head: _by_image(np.concatenate([np.zeros((0, 7)), *(r for part in gathered for r in part.get(head, []))]))
-        for head in dict.fromkeys(head for part in gathered for head in part)
+        head: _by_image(np.concatenate([share[head] for share in shares if head in share]))
+        for head in dict.fromkeys(head for share in shares for head in share)
     }
     scores = {head: coco_metrics(dataset, found) for head, found in detections.items()}
     metrics = {f"{head}/{name}": value for head, values in scores.items() for name, value in values.items()}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from mimiclab.errors import UserError
 from mimiclab.layers import OVERRIDE, Key, dump, merge, origins, parse_override, plain, read
 from mimiclab.mistakes import in_words
 from mimiclab.schema import PATH_KEYS, Experiment, known_keys
+from mimiclab.search.space import Distribution, extremes
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 DEFAULT = "default"
 
 # Contract: these change how fast, where and how long, but not which run it is.
-_NOT_IDENTITY = ("scale.", "where.", "optim.epochs")
+_NOT_IDENTITY = ("scale.", "where.", "search", "optim.epochs")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class LoadedExperiment:
     origins: dict[str, str]
     """Of every dotted key: "file:line", "--set" or "default"."""
     path: Path
+    tree: dict[str, Any] = field(repr=False)
+    """What was written, before defaults and `$VARIABLES` were filled in."""
+    environ: Mapping[str, str] = field(repr=False)
 
 
 def load_experiment(
@@ -56,28 +61,36 @@ def load_experiment(
     for override in overrides:
         node = merge(node, parse_override(override))
     tree = plain(node)
-    written = dict(origins(node))
-
-    mistakes = [f"{_origin(key, written, path)}: {mistake}" for key, mistake in _expand_paths(tree, environ)]
-    experiment = None
-    try:
-        # Validated as JSON: strict about types, yet lists may fill tuples and whole numbers floats.
-        experiment = Experiment.model_validate_json(json.dumps(tree), strict=True)
-    except ValidationError as error:
-        known = list(known_keys())
-        for details in error.errors():
-            key = tuple(part for part in details["loc"] if isinstance(part, str))
-            mistakes.append(f"{_origin(key, written, path)}: {in_words(details, known)}")
-    if len(mistakes) > 1:
-        raise UserError("\n  ".join([f"{path}: {len(mistakes)} mistakes", *mistakes]))
-    if mistakes or experiment is None:
-        raise UserError(mistakes[0])
+    # Split at every dot: a search space has dotted keys in a file, and nested ones where they come from --set.
+    written = {_split(key): origin for key, origin in origins(node)}
+    experiment, mistakes = _validate(tree, environ)
+    if experiment is not None and experiment.search is not None:
+        mistakes += _space_mistakes(experiment.search.space, tree, environ)
+    found = [f"{_origin(_split(key), written, path)}: {mistake}" for key, mistake in mistakes]
+    if len(found) > 1:
+        raise UserError("\n  ".join([f"{path}: {len(found)} mistakes", *found]))
+    if found or experiment is None:
+        raise UserError(found[0])
     leaves = flatten(experiment)
     return LoadedExperiment(
         experiment=experiment,
         origins={key: written.get(tuple(key.split(".")), DEFAULT) for key in leaves},
         path=path,
+        tree=tree,
+        environ=environ,
     )
+
+
+def vary(loaded: LoadedExperiment, name: str, values: Mapping[str, Any]) -> Experiment:
+    """Give the experiment that a file would describe with another name, some dotted keys changed, and no search.
+
+    Raises:
+        UserError: it would not be a valid experiment.
+    """
+    experiment, mistakes = _validate(_varied(loaded.tree, {"name": name, **values}), loaded.environ)
+    if experiment is None:
+        raise UserError("; ".join(mistake for _, mistake in mistakes))
+    return experiment
 
 
 def flatten(experiment: Experiment) -> dict[str, Any]:
@@ -119,6 +132,55 @@ def render(loaded: LoadedExperiment) -> Text:
         origin = loaded.origins[key]
         text.append(f"{line:{width}}  {origin}\n", style="dim" if origin == DEFAULT else "")
     return text
+
+
+def _validate(tree: dict[str, Any], environ: Mapping[str, str]) -> tuple[Experiment | None, list[tuple[Key, str]]]:
+    """The experiment of a tree as it was written, or none and what is wrong at which key."""
+    tree = copy.deepcopy(tree)
+    mistakes = list(_expand_paths(tree, environ))
+    try:
+        # Validated as JSON: strict about types, yet lists may fill tuples and whole numbers floats.
+        experiment = Experiment.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        known = list(known_keys())
+        for details in error.errors():
+            key = tuple(part for part in details["loc"] if isinstance(part, str))
+            mistakes.append((key, in_words(details, known)))
+    return (None if mistakes else experiment), mistakes
+
+
+def _varied(tree: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    tree = copy.deepcopy({key: value for key, value in tree.items() if key != "search"})
+    for dotted, value in values.items():
+        *parents, name = dotted.split(".")
+        section = tree
+        for parent in parents:
+            if not isinstance(section.get(parent), dict):
+                section[parent] = {}
+            section = section[parent]
+        section[name] = value
+    return tree
+
+
+def _space_mistakes(
+    space: Mapping[str, Distribution], tree: dict[str, Any], environ: Mapping[str, str]
+) -> list[tuple[Key, str]]:
+    """Try every key of a search space at its extremes; name the first value of each that the schema refuses."""
+    found: list[tuple[Key, str]] = []
+    known = set(known_keys())
+    for key, distribution in space.items():
+        where = ("search", "space", key)
+        if key == "name" or key.startswith(_NOT_IDENTITY):
+            fixed = "name, search, scale, where and optim.epochs are the same for all trials"
+            found.append((where, f"search.space.{key}: {fixed}, expected another key"))
+            continue
+        for value in extremes(distribution):
+            _, mistakes = _validate(_varied(tree, {key: value}), environ)
+            if mistakes:
+                value_in_words = f"{json.dumps(value, ensure_ascii=False)} does not fit: " if key in known else ""
+                found.append((where, f"search.space.{key}: {value_in_words}{mistakes[0][1]}"))
+                break
+    return found
 
 
 def _tree(experiment: Experiment) -> dict[str, Any]:
@@ -165,6 +227,10 @@ def _expand_paths(tree: dict[str, Any], environ: Mapping[str, str]) -> Iterator[
             yield key, f"{'.'.join(key)}: variable {error.args[0]} is unset or empty, found {text!r}"
         except ValueError:
             yield key, f"{'.'.join(key)}: found {text!r}, expected $NAME or ${{NAME}} ($$ for a plain $)"
+
+
+def _split(key: Key) -> Key:
+    return tuple(".".join(key).split(".")) if key else ()
 
 
 def _origin(key: Key, written: Mapping[Key, str], path: Path) -> str:

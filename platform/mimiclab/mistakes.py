@@ -58,13 +58,14 @@ def dotted(loc: Sequence[int | str]) -> str:
 def _suggest(key: str, loc: Sequence[int | str], known: Sequence[str]) -> str:
     if key in known:
         return "a file nests its keys, dotted ones are for --set"
-    nearest = get_close_matches(str(loc[-1]), [_leaf(k) for k in known], n=1)
-    if nearest:
-        # Several sections may have a key of this name; the one whose dotted key is nearest is meant.
-        same = [k for k in known if _leaf(k) in nearest]
-        return f"did you mean {get_close_matches(key, same, n=1, cutoff=0)[0]}?"
-    section = dotted(loc[:-1])
-    return f"known here: {', '.join(_leaf(k) for k in known if k.rpartition('.')[0] == section)}"
+    here = [k for k in known if k.rpartition(".")[0] == dotted(loc[:-1])]
+    for candidates in (here, known):
+        nearest = get_close_matches(str(loc[-1]), [_leaf(k) for k in candidates], n=1)
+        if nearest:
+            # Several sections may have a key of this name; the one whose dotted key is nearest is meant.
+            same = [k for k in candidates if _leaf(k) in nearest]
+            return f"did you mean {get_close_matches(key, same, n=1, cutoff=0)[0]}?"
+    return f"known here: {', '.join(_leaf(k) for k in here)}"
 
 
 def _leaf(key: str) -> str:

@@ -98,7 +98,8 @@ def check(experiment: Experiment, *, fresh: bool) -> None:
     """Make sure that the run may have its folder, without touching it.
 
     Raises:
-        UserError: the folder holds another experiment of that name and is not to start anew, or holds no run.
+        UserError: the folder holds another experiment of that name and is not to start anew, or holds something
+            that is no run, or cannot be written.
     """
     folder = folder_of(experiment)
     written = folder / EXPERIMENT
@@ -116,13 +117,16 @@ def check(experiment: Experiment, *, fresh: bool) -> None:
                 f"run {folder}: it was started from another experiment. What changed:\n  {changed}\n"
                 "Give the new one another name, or start anew with --fresh, which removes the old one."
             )
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise UserError(f"where.storage: {folder} cannot be written: {place} is no folder that you may write to")
 
 
 def prepare(experiment: Experiment, *, fresh: bool) -> Path:
     """Make the run's folder, or find it again for the same experiment; `fresh` removes what it holds.
 
     Raises:
-        UserError: see `check`; or the folder cannot be written.
+        UserError: see `check`.
     """
     check(experiment, fresh=fresh)
     folder = folder_of(experiment)

@@ -6,16 +6,18 @@ are the dataclasses that the detector and the engine take, embedded as they are.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from typing import Annotated, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     NonNegativeInt,
+    PlainValidator,
     PositiveInt,
     field_validator,
     model_validator,
@@ -23,9 +25,11 @@ from pydantic import (
 
 from mimicdet.config import ModelConfig
 from mimiclab.optim import OptimConfig
+from mimiclab.search.space import check_distribution, with_dotted_keys
 
 Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Distribution = Annotated[dict[str, list[Any]], PlainValidator(check_distribution)]
 
 
 class _Section(BaseModel):
@@ -129,6 +133,37 @@ class WhereConfig(_Section):
     """Name of the MLflow experiment that runs are listed under."""
 
 
+class SearchConfig(_Section):
+    """A search by asynchronous successive halving (ASHA) over some keys of the same file."""
+
+    metric: Text = "student/AP"
+    """What trials are compared by; any metric of an evaluation."""
+    mode: Literal["max", "min"] = "max"
+    trials: PositiveInt = 16
+    grace_period: PositiveInt = 1
+    """Epochs that every trial is given."""
+    reduction_factor: Annotated[int, Field(ge=2)] = 2
+    """A trial is compared at grace_period times each power of this; about one in so many goes on."""
+    max_concurrent: int | Literal["auto"] = "auto"
+    """Trials at a time; auto is as many as the cluster holds."""
+    space: dict[str, Distribution]
+    """Dotted keys, each with one of `uniform: [low, high]`, `loguniform: [low, high]`, `int: [low, high]` (both
+    included) and `choice: [...]`."""
+
+    @field_validator("max_concurrent", mode="plain")
+    @classmethod
+    def _check_max_concurrent(cls, value: object) -> object:
+        # By hand: of a union pydantic reports a mistake for each member.
+        if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"found {json.dumps(value)}, expected a whole number above 0, or auto")
+        return value
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _check_space(cls, space: object) -> object:
+        return with_dotted_keys(space)
+
+
 class Experiment(_Section):
     """A whole experiment file, validated."""
 
@@ -142,6 +177,7 @@ class Experiment(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     scale: ScaleConfig = ScaleConfig()
     where: WhereConfig = WhereConfig()
+    search: SearchConfig | None = None
 
     @field_validator("name")
     @classmethod
@@ -160,6 +196,11 @@ class Experiment(_Section):
                 "every worker needs an image of each step: optim.global_batch must be at least "
                 f"scale.workers, found optim.global_batch {self.optim.global_batch} "
                 f"and scale.workers {self.scale.workers}"
+            )
+        if self.search and self.search.grace_period > self.optim.epochs:
+            raise ValueError(
+                "search.grace_period must not be above optim.epochs, found search.grace_period "
+                f"{self.search.grace_period} and optim.epochs {self.optim.epochs}"
             )
         return self
 

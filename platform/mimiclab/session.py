@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 
+from mimiclab.cluster.state import running_at
 from mimiclab.errors import UserError
 from mimiclab.schema import ScaleConfig
 
@@ -36,11 +38,13 @@ def ray_session(address: str | None, scale: ScaleConfig, *, verbose: bool) -> It
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        running_at(address)
     import ray
 
     owned = not ray.is_initialized()
     if owned:
-        address = address or os.environ.get("RAY_ADDRESS")
         level = "info" if verbose else "error"
         try:
             if address:
@@ -54,11 +58,22 @@ def ray_session(address: str | None, scale: ScaleConfig, *, verbose: bool) -> It
                 f"--address {address}: no Ray cluster answers there ({error}); expected HOST:PORT of a head node"
             ) from error
     try:
-        _check_resources(ray.cluster_resources(), scale)
-        yield
+        check_resources(ray.cluster_resources(), scale)
+        with _sigterm_as_ctrl_c() if owned else contextlib.nullcontext():
+            yield
     finally:
         if owned:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """A job is stopped by SIGTERM, which ends a process at once: its run would be recorded as running for ever."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def resources_per_worker(scale: ScaleConfig) -> dict[str, float]:
@@ -66,7 +81,12 @@ def resources_per_worker(scale: ScaleConfig) -> dict[str, float]:
     return {"CPU": scale.threads, **({"GPU": 1} if scale.gpu else {})}
 
 
-def _check_resources(found: dict[str, float], scale: ScaleConfig) -> None:
+def check_resources(found: dict[str, float], scale: ScaleConfig) -> None:
+    """Make sure that a cluster of these resources can ever hold `scale`.
+
+    Raises:
+        UserError: it cannot; the message names what lacks.
+    """
     for kind, each in resources_per_worker(scale).items():
         if scale.workers * each > found.get(kind, 0):
             raise UserError(

@@ -34,24 +34,7 @@ from mimiclab.train import train
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
 
-# 5 steps an epoch less one image, so that epochs end inside of a batch; slices of 2 and 1 images.
-TINY = """
-name: tiny
-data:
-  scenes: {root: ROOT/data, train: 14, val: 6, size: 64}
-  resize: {short: 64, long: 64}
-model:
-  backbone: {name: resnet18, width: 16}
-  pyramid: {channels: 16, max_level: 5}
-  anchors: {scale: 2}
-  student: {head_width: 32, offsets: analytic_learned}
-  teacher: {num_rois: 16, num_convs: 1}
-optim: {name: adamw, lr: 1e-3, global_batch: 3, epochs: 3, schedule: cosine, warmup_steps: 2}
-eval: {num_pictures: 2, teacher_topk: 50}
-checkpoint: {every_steps: 2, keep: 2}
-scale: {workers: 2}
-where: {storage: ROOT/runs, tracking: "sqlite:///ROOT/mlflow.db"}
-"""
+TINY = (Path(__file__).parent / "tiny.yaml").read_text()
 NUM_STEPS = 14
 
 

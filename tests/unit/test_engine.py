@@ -21,7 +21,7 @@ from mimicdet.interface import Detector, LossTerms
 from mimiclab import checkpoint
 from mimiclab.data.coco import CocoDataset, read_coco
 from mimiclab.data.dataset import EvalBatches, TrainBatches
-from mimiclab.data.order import Order
+from mimiclab.data.order import Order, rank_slice
 from mimiclab.data.scenes import CLASSES, generate_scenes
 from mimiclab.engine import Batch, Engine, NonFiniteLossError, build_optimizer, evaluate_pass, learning_rate
 from mimiclab.optim import OptimConfig
@@ -69,7 +69,17 @@ def train_and_record(root: Path, rank: int, world: int) -> dict[str, object]:
         "means": means,
         "gradients": gradients,
         "weights": trained.detector.state_dict(),
+        "branch": train_branch(rank, world),
     }
+
+
+def train_branch(rank: int, world: int) -> list[float]:
+    """The weights of a detector of which one weight is read by bright images only: on one rank, on none, on all."""
+    config = OptimConfig(lr=0.1, weight_decay=0.1, global_batch=2, warmup_steps=0, schedule="constant")
+    trained = Engine(Branch(), config, num_steps=10, steps_per_epoch=1)
+    for colours in ((10, 200), (10, 20), (210, 200)):
+        trained.train_step(plain_batch(*colours[rank_slice(len(colours), rank, world)]))
+    return [weight.item() for weight in trained.detector.parameters()]
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +101,26 @@ class Line(Detector):
         colours = torch.stack([image.float().mean((1, 2)) for image in images])
         values = ((colours @ self.matrix.T + self.bias).abs() ** self.power).sum(1)
         return LossTerms({"cls": 0.25 * values, "box": 0.75 * values}, {"colour": colours.mean(1)})
+
+    def detect_heads(self, images, *, topk, pad_to=None):
+        raise NotImplementedError
+
+
+class Branch(Detector):
+    """Dark images read one weight, bright ones both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always = nn.Parameter(torch.ones(1, 1))
+        self.bright = nn.Parameter(torch.ones(1, 1))
+
+    def loss_terms(self, images, targets, *, pad_to=None):
+        values = []
+        for image in images:
+            colour = image.float().mean() / 255
+            value = colour * self.always
+            values.append((value + self.bright if colour > 0.5 else value).square().sum())
+        return LossTerms({"cls": torch.stack(values)}, {})
 
     def detect_heads(self, images, *, topk, pad_to=None):
         raise NotImplementedError
@@ -288,6 +318,14 @@ def test_two_workers_with_uneven_slices_step_as_one_does(ranks, tmp_path):
             assert means.keys() == expected.keys()
             for name, value in expected.items():
                 torch.testing.assert_close(means[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_weight_that_a_worker_s_images_do_not_read_is_no_hindrance(ranks):
+    alone = train_branch(0, 1)
+
+    assert all(weight != 1 for weight in alone)
+    for rank in ranks:
+        assert rank["branch"] == pytest.approx(alone, rel=1e-6)
 
 
 def test_all_workers_hold_the_same(ranks):

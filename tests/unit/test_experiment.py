@@ -18,7 +18,7 @@ from mimiclab.experiment import (
     resolved_yaml,
 )
 from mimiclab.optim import OptimConfig
-from mimiclab.schema import PATH_KEYS, Experiment, known_keys
+from mimiclab.schema import PATH_KEYS, Experiment, Scenes, SearchConfig, known_keys
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 ENVIRON = {"MIMICLAB_DATA": "/data", "MIMICLAB_WEIGHTS": "/weights"}
@@ -535,7 +535,8 @@ def test_known_keys_are_the_sections_and_keys_of_a_resolved_experiment():
     resolved = list(dotted(yaml.safe_load(resolved_yaml(load("name: small\n" + FILES).experiment))))
 
     assert len(known) == len(set(known))
-    assert set(known) == {*resolved, *(f"data.scenes.{k}" for k in ("root", "seed", "train", "val", "size"))}
+    absent = {"data.scenes": Scenes, "search": SearchConfig}
+    assert set(known) == {*resolved, *(f"{name}.{k}" for name, section in absent.items() for k in section.model_fields)}
 
 
 def test_reading_an_experiment_loads_no_torch():

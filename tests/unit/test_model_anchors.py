@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -50,6 +50,7 @@ def test_grid_lays_levels_then_rows_then_columns(scale: float) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 130), st.integers(1, 130), st.integers(0, 70), st.integers(0, 70))
+@example(64, 64, 32, 32)  # cells that begin on the border
 def test_inside_are_the_cells_of_the_image_without_padding(height: int, width: int, below: int, right: int) -> None:
     grid = make_grid(LEVELS, pyramid(height + below, width + right), 4)
     inside = grid.inside(height, width)

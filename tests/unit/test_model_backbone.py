@@ -1,5 +1,6 @@
 """Stages C2..C5 of the classification networks."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,15 @@ CHANNELS = {
     ("resnet50", 64): (256, 512, 1024, 2048),
     ("mobilenet_v2", 64): (24, 32, 96, 320),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    # On a busy machine, threads that wait for each other over tiny tensors take fifty times as long.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +58,14 @@ def test_channels_and_strides(name: str, width: int) -> None:
     assert tuple(backbone.channels.values()) == CHANNELS[name, width]
     for level, feature in features.items():
         assert feature.shape == (1, backbone.channels[level], 64 >> level, 96 >> level)
+
+
+def test_a_narrow_resnet_is_narrow_from_the_stem_on() -> None:
+    narrow, full = (Backbone(BackboneConfig(name="resnet18", width=width)) for width in (16, 64))
+    for ours, theirs in zip(narrow.parameters(), full.parameters(), strict=True):
+        # Every layer has a quarter of the channels on both sides; the image keeps its three.
+        expected = [side if side in (1, 3, 7) else side // 4 for side in theirs.shape]
+        assert list(ours.shape) == expected
 
 
 def test_odd_sizes_are_rounded_up() -> None:

@@ -77,7 +77,11 @@ def test_the_teachers_levels_lie_the_stagger_below(
 
 def test_levels_of_training_only_are_not_computed_when_not_wanted() -> None:
     pyramid = Pyramid(IN_CHANNELS, PyramidConfig(channels=8))
-    everything = {*(f"{part}.{level}" for part in ("lateral", "output") for level in (2, 3, 4, 5)), "extra.6", "extra.7"}
+    everything = {
+        *(f"{part}.{level}" for part in ("lateral", "output") for level in (2, 3, 4, 5)),
+        "extra.6",
+        "extra.7",
+    }
     assert reads(pyramid) == everything
     assert reads(pyramid, lowest=3) == everything - {"lateral.2", "output.2"}
     full, short = pyramid(features()), pyramid(features(), lowest=3)

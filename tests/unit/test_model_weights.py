@@ -65,7 +65,11 @@ def test_what_does_not_fit_is_refused_and_nothing_is_loaded(
 def test_other_files_are_refused(tmp_path: Path) -> None:
     text = tmp_path / "weights.safetensors"
     text.write_text("not weights at all, although long enough to hold a header")
-    for path, message in ((text, "not a safetensors file"), (tmp_path / "absent", "no such file"), (tmp_path, "no such file")):
+    for path, message in (
+        (text, "not a safetensors file"),
+        (tmp_path / "absent", "no such file"),
+        (tmp_path, "no such file"),
+    ):
         with pytest.raises(ValueError, match=message) as error:
             load_matching(network(), path)
         assert str(path) in str(error.value)

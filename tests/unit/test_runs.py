@@ -125,8 +125,11 @@ def test_a_folder_that_a_killed_start_left_is_no_hindrance():
 def test_a_storage_that_cannot_be_written_is_named(tmp_path):
     Path("file").touch()
 
-    with pytest.raises(UserError, match=r"where\.storage: .*file/x cannot be written: Not a directory"):
-        runs.prepare(experiment("where.storage=file"), fresh=False)
+    with pytest.raises(UserError) as caught:
+        runs.check(experiment("where.storage=file/deep"), fresh=False)
+    assert str(caught.value) == (
+        f"where.storage: {tmp_path}/file/deep/x cannot be written: {tmp_path}/file is no folder that you may write to"
+    )
 
 
 def test_a_storage_that_is_a_uri_is_refused():

@@ -1,6 +1,7 @@
 """MLflow's pages: their addresses, and a server for the runs of a sqlite store."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -9,13 +10,15 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import NamedTuple
+from urllib.parse import quote
 
 from mimiclab.errors import UserError
 from mimiclab.tracking.address import absolute_uri, artifact_folder, check_tracking, sqlite_path
 from mimiclab.tracking.client import ENVIRONMENT, connect
+from mimiclab.tracking.searches import newest_search
 
 PORTS = range(5000, 5020)
 """Where `serve` looks for a free port."""
@@ -39,6 +42,12 @@ def run_page(base_url: str, experiment_id: str, run_id: str) -> str:
     return f"{base_url.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
 
 
+def compare_page(base_url: str, experiment_id: str, run_ids: Sequence[str]) -> str:
+    """The comparison of several runs of a project."""
+    runs, experiments = (quote(json.dumps(ids, separators=(",", ":"))) for ids in (list(run_ids), [experiment_id]))
+    return f"{base_url.rstrip('/')}/#/compare-runs?runs={runs}&experiments={experiments}"
+
+
 def place_of(uri: str, run_id: str) -> str:
     """Where a person finds a run: its page on a server, or the verb that serves a sqlite store and the page there."""
     experiment_id = connect(uri).get_run(run_id).info.experiment_id
@@ -49,7 +58,7 @@ def place_of(uri: str, run_id: str) -> str:
 
 
 def serve(uri: str, port: int | None = None, project: str | None = None, say: Callable[[str], None] = print) -> None:
-    """Show the runs of a store: print the link to its pages and, for a sqlite store, serve them until Ctrl-C.
+    """Show the runs of a store: print the links to its pages and, for a sqlite store, serve them until Ctrl-C.
 
     Args:
         uri: The tracking store.
@@ -63,13 +72,13 @@ def serve(uri: str, port: int | None = None, project: str | None = None, say: Ca
     check_tracking(uri)
     database = sqlite_path(uri)
     if database is None:
-        say(f"runs: {_link(uri, uri, project)}")
+        _say_links(uri, uri, project, say)
         return
     if not database.exists():
         raise UserError(f"where.tracking: {uri}: there is no file {database}; expected one with runs to show")
     port = free_port() if port is None else port
     with _stopped_by_signals(), server(uri, port, say) as running:
-        say(f"runs: {_link(uri, running.base_url, project)}")
+        _say_links(uri, running.base_url, project, say)
         say("Ctrl-C stops the server")
         running.process.wait()
     say("the MLflow server has stopped")
@@ -200,6 +209,9 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _link(uri: str, base_url: str, project: str | None) -> str:
+def _say_links(uri: str, base_url: str, project: str | None, say: Callable[[str], None]) -> None:
     experiment = connect(uri).get_experiment_by_name(project) if project else None
-    return runs_page(base_url, experiment.experiment_id) if experiment else base_url
+    say(f"runs: {runs_page(base_url, experiment.experiment_id) if experiment else base_url}")
+    search = newest_search(uri, project) if project else None
+    if search is not None and search.trials:
+        say(f"trials of {search.name}: {compare_page(base_url, search.experiment_id, search.trials)}")

@@ -1,0 +1,1 @@
+"""Clusters and the jobs that run on them."""

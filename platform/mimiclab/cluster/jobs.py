@@ -1,0 +1,238 @@
+"""Jobs: a verb that runs on a cluster, with the code and the experiment that were submitted.
+
+A job runs in the folder that it was submitted from, on a disk that the nodes share. So a relative path means what
+it means to `mimiclab train` at the same place, and both go on with the same run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mimiclab import runs
+from mimiclab.cluster import package
+from mimiclab.cluster.server import is_this_machine, resources
+from mimiclab.errors import UserError
+from mimiclab.experiment import flatten
+from mimiclab.schema import PATH_KEYS, Experiment
+from mimiclab.session import ENVIRONMENT, check_resources
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+_POLL_S = 0.5
+# A stopped job records its run before it is killed; Ray's own 3 s are short on a busy machine.
+_ENVIRONMENT = {**ENVIRONMENT, "RAY_JOB_STOP_WAIT_TIME_S": "30"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted job as its cluster knows it."""
+
+    id: str
+    """The name, with the number of the attempt from the second on."""
+    name: str
+    run: str
+    """Folder of the run that it trains."""
+    status: str
+    message: str
+    """The last words of a failed job, else what Ray says of it."""
+    started: float
+    ended: float | None
+    """Seconds since 1970."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it ended, in whatever way."""
+        return self.status in _ENDED
+
+
+def submit_train(
+    client: JobSubmissionClient, experiment: Experiment, *, name: str | None, fresh: bool, say: Callable[[str], None]
+) -> str:
+    """Submit the training of an experiment and return the job's id.
+
+    Args:
+        client: of the cluster's job server.
+        experiment: what to train.
+        name: of the job; by default the experiment's.
+        fresh: start the run anew.
+        say: gets a line for the user.
+
+    Raises:
+        UserError: before anything is uploaded: the run's folder is another experiment's, the cluster is too small,
+            the name is in use, the package is too large.
+    """
+    name = experiment.name if name is None else check_name(name)
+    runs.check(experiment, fresh=fresh)
+    run = str(runs.folder_of(experiment))
+    check_resources(resources(client), experiment.scale)
+    job_id = next_id(name, run, list_jobs(client))
+    with tempfile.TemporaryDirectory() as folder:
+        say(f"uploading {package.stage(experiment, Path(folder))}")
+        client.submit_job(
+            # On another machine, its image says which Python.
+            entrypoint=entrypoint(
+                experiment, fresh=fresh, python=sys.executable if is_this_machine(client) else "python"
+            ),
+            submission_id=job_id,
+            runtime_env={
+                "working_dir": folder,
+                "env_vars": {name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()},
+            },
+            metadata={"job_name": name, "run": run},
+        )
+    say(f"submitted as job {job_id} to {client.get_address()}")
+    return job_id
+
+
+def check_name(name: str) -> str:
+    """The name of a job, which may be what the name of an experiment may be.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise UserError(f"--name: expected 1 to 100 letters, digits, '.', '_' or '-', found {name!r}")
+    return name
+
+
+def next_id(name: str, run: str, jobs: Sequence[Job]) -> str:
+    """The id of a new job: its name, or where that is taken by jobs that ended, the name with a number.
+
+    Raises:
+        UserError: a job of this name, or of this run, has not ended.
+    """
+    for job in jobs:
+        if not job.is_over and (job.name == name or job.run == run):
+            use = f"the job name {name} is in use" if job.name == name else f"the run {run} is being trained"
+            raise UserError(
+                f"{use}: job {job.id} is {job.status}; expected another name, or that one to end "
+                f"(mimiclab jobs stop {job.id})"
+            )
+    taken = {job.id for job in jobs}
+    job_id, attempt = name, 1
+    while job_id in taken:
+        attempt += 1
+        job_id = f"{name}-{attempt}"
+    return job_id
+
+
+def entrypoint(experiment: Experiment, *, fresh: bool, python: str) -> str:
+    """The shell command of a training job, to be run in the folder of its package."""
+    # -P: the folder that the job runs in is not searched for modules, only the package is.
+    command = shlex.join([python, "-P", "-m", "mimiclab", "train", *(["--fresh"] if fresh else [])])
+    if _has_relative_paths(experiment):
+        return f'cd {shlex.quote(str(Path.cwd()))} && exec {command} "$OLDPWD/{package.EXPERIMENT}"'
+    return f"exec {command} {package.EXPERIMENT}"
+
+
+def list_jobs(client: JobSubmissionClient) -> list[Job]:
+    """All jobs of a cluster, the newest first."""
+    # A driver that connects by itself is listed as well, without the id of a submission.
+    found = [_job(details) for details in client.list_jobs() if details.submission_id]
+    return sorted(found, key=lambda job: job.started, reverse=True)
+
+
+def find(client: JobSubmissionClient, job_id: str) -> Job:
+    """One job of a cluster.
+
+    Raises:
+        UserError: there is no such job.
+    """
+    jobs = list_jobs(client)
+    for job in jobs:
+        if job.id == job_id:
+            return job
+    known = ", ".join(job.id for job in jobs) or "none"
+    raise UserError(f"job {job_id}: there is no such job at {client.get_address()}; jobs there: {known}")
+
+
+def read_log(client: JobSubmissionClient, job_id: str) -> str:
+    """What a job has printed so far.
+
+    Raises:
+        UserError: there is no such job.
+    """
+    return str(client.get_job_logs(find(client, job_id).id))
+
+
+def follow(client: JobSubmissionClient, job_id: str, write: Callable[[str], object]) -> Job:
+    """Pass on what a job prints, from its beginning, until it ends; return how it ended.
+
+    Raises:
+        UserError: there is no such job, or its cluster went away.
+    """
+    job = find(client, job_id)
+
+    async def stream() -> None:
+        async for text in client.tail_job_logs(job_id):
+            write(text)
+
+    try:
+        asyncio.run(stream())
+        return _wait_for_end(client, job)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"job {job_id}: its cluster went away while the job was followed ({error})") from error
+
+
+def stop(client: JobSubmissionClient, job_id: str) -> Job:
+    """Stop a job as Ctrl-C would, and wait until it has ended: its run is recorded as killed and can go on.
+
+    Raises:
+        UserError: there is no such job, or it ended before.
+    """
+    job = find(client, job_id)
+    if job.is_over:
+        raise UserError(f"job {job_id}: it ended before, {job.status}; expected one that runs")
+    client.stop_job(job_id)
+    return _wait_for_end(client, job)
+
+
+def table(jobs: Sequence[Job]) -> str:
+    """Jobs for people, a line each."""
+    rows = [("JOB", "STATUS", "STARTED", "DURATION", "MESSAGE")]
+    for job in jobs:
+        started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.started))
+        duration = timedelta(seconds=round((job.ended or time.time()) - job.started))
+        rows.append((job.id, job.status, started, str(duration), job.message))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _wait_for_end(client: JobSubmissionClient, job: Job) -> Job:
+    while not job.is_over:
+        time.sleep(_POLL_S)
+        job = find(client, job.id)
+    return job
+
+
+def _job(details: Any) -> Job:
+    metadata = details.metadata or {}
+    lines = (details.message or "").strip().splitlines() or [""]
+    return Job(
+        id=details.submission_id,
+        name=metadata.get("job_name", details.submission_id),
+        run=metadata.get("run", ""),
+        status=str(details.status.value),
+        message=lines[-1],
+        started=(details.start_time or 0) / 1000,
+        ended=details.end_time / 1000 if details.end_time else None,
+    )
+
+
+def _has_relative_paths(experiment: Experiment) -> bool:
+    values = flatten(experiment)
+    paths = (str(values[key]).removeprefix("sqlite:///") for key in PATH_KEYS if values.get(key) is not None)
+    return any("://" not in path and not Path(path).is_absolute() for path in paths)

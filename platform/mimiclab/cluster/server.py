@@ -1,0 +1,121 @@
+"""The job server of a cluster: which one is meant, and what it says of its cluster."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import os
+import urllib.error
+import urllib.request
+from collections import Counter
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from mimiclab.cluster import state
+from mimiclab.cluster.state import LocalCluster
+from mimiclab.errors import UserError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+_EXPECTED = "expected http://HOST:PORT of its job server, or HOST:PORT of its head"
+_TIMEOUT_S = 5.0
+
+VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+"""Where Ray's own clients look for a cluster."""
+
+
+def connect(address: str | None) -> JobSubmissionClient:
+    """A client of the job server at `address`, else in the environment, else of the cluster of this machine.
+
+    Raises:
+        UserError: there is none, nothing answers there, or it asks for another token.
+    """
+    for name, value in {"--address": address, **{f"${name}": os.environ.get(name) for name in VARIABLES}}.items():
+        if value:
+            return _client(name, value)
+    local = state.running()
+    if local is None:
+        raise UserError(
+            "no cluster: none was started on this machine; expected one (mimiclab cluster up), or --address "
+            "http://HOST:PORT of a job server"
+        )
+    return connect_local(local)
+
+
+def connect_local(cluster: LocalCluster) -> JobSubmissionClient:
+    """A client of the job server of a cluster of this machine.
+
+    Raises:
+        UserError: it does not answer.
+    """
+    try:
+        return _client("cluster of this machine:", cluster.job_server)
+    except UserError as error:
+        raise UserError(
+            f"the cluster of this machine does not answer at {cluster.job_server}; mimiclab cluster down ends what "
+            "is left of it"
+        ) from error
+
+
+def resources(client: JobSubmissionClient) -> dict[str, float]:
+    """What the nodes of a cluster have in all, as {"CPU": 8, ...}."""
+    from ray.util.state import list_nodes
+
+    total: Counter[str] = Counter()
+    for node in list_nodes(client.get_address(), filters=[("state", "=", "ALIVE")]):
+        total.update(node.resources_total)
+    return dict(total)
+
+
+def is_this_machine(client: JobSubmissionClient) -> bool:
+    """Whether a job server is on this machine."""
+    return urlsplit(client.get_address()).hostname in ("127.0.0.1", "localhost", "::1")
+
+
+def _client(name: str, address: str) -> JobSubmissionClient:
+    # A token is sent to this machine's cluster only; to another one where RAY_AUTH_MODE says so.
+    local = state.running_at(address)
+    if local is not None:
+        address = local.job_server
+    url = _probe(name, address)
+    # Ray prefers the environment to what its clients are given.
+    os.environ["RAY_API_SERVER_ADDRESS"] = url
+    from ray.exceptions import AuthenticationError, RayError
+    from ray.job_submission import JobSubmissionClient
+
+    for module in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)
+    try:
+        return JobSubmissionClient(url)
+    except AuthenticationError as error:
+        raise UserError(
+            f"{name} {address}: it takes no jobs without its token; expected RAY_AUTH_MODE=token in the environment, "
+            "and the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        ) from error
+    except (RayError, OSError, RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"{name} {address}: no Ray cluster answers there ({error}); {_EXPECTED}") from error
+
+
+def _probe(name: str, address: str) -> str:
+    """The URL of a job server; the address itself where something else answers, as the head of a cluster does.
+
+    Ray's own clients wait for most of a minute where nothing is, and for ever where something is silent.
+    """
+    url = (address if "://" in address else f"http://{address}").rstrip("/")
+    try:
+        if urlsplit(url).scheme not in ("http", "https") or urlsplit(url).port is None:
+            raise ValueError("neither HOST:PORT nor http://HOST:PORT")
+        with urllib.request.urlopen(f"{url}/api/version", timeout=_TIMEOUT_S):
+            return url
+    except urllib.error.HTTPError:  # it wants a token, or is something else: Ray's client says which
+        return url
+    except ZeroDivisionError as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise UserError(f"{name} {address}: no cluster answers there ({reason}); {_EXPECTED}") from error
+    except (OSError, http.client.HTTPException) as error:
+        if "://" in address:
+            raise UserError(f"{name} {address}: what answers there is no job server; {_EXPECTED}") from error
+        return address
+    except ValueError as error:
+        raise UserError(f"{name} {address}: no address of a cluster ({error}); {_EXPECTED}") from error

@@ -1,0 +1,81 @@
+"""A search in MLflow: a parent run that tells of the search, and a child run for each trial."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from mimiclab.tracking.client import connect
+from mimiclab.tracking.runs import open_run
+
+PARENT_TAG = "mlflow.parentRunId"
+OUTCOME_TAG = "trial.outcome"
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+_ERROR_TAG = "trial.error"
+_KIND_TAG = "mimiclab.kind"
+_BEST_TAG = "search.best_trial"
+_NOTE_TAG = "mlflow.note.content"
+
+
+class Search(NamedTuple):
+    """A search as MLflow knows it."""
+
+    name: str
+    experiment_id: str
+    trials: list[str]
+    """MLflow's ids of the child runs, in order of their start."""
+
+
+def open_search(uri: str, project: str, name: str, identity: str, params: Mapping[str, str], note: str) -> str:
+    """Find or start the parent run of a search, as `open_run` does; `note` is its description, in Markdown."""
+    return open_run(uri, project, name, identity, params, tags={_KIND_TAG: "search", _NOTE_TAG: note})
+
+
+def end_search(uri: str, run_id: str, status: Status, best: tuple[str, str, float] | None, note: str) -> None:
+    """Mark a search as over, and say what it found.
+
+    Args:
+        uri: The tracking store.
+        run_id: MLflow's id of the parent run.
+        status: How it ended.
+        best: The best trial's name, the metric and its value, if any trial was evaluated.
+        note: The parent's new description, in Markdown.
+    """
+    client = connect(uri)
+    client.set_tag(run_id, _NOTE_TAG, note)
+    if best is not None:
+        name, metric, value = best
+        client.set_tag(run_id, _BEST_TAG, name)
+        client.log_metric(run_id, f"best/{metric}", value)
+    client.set_terminated(run_id, status=status)
+
+
+def end_trial(
+    uri: str, run_id: str, outcome: str, status: Status, values: Mapping[str, Any], error: str | None
+) -> None:
+    """Mark a trial as over; its searched values become metrics where they are numbers, for charts and filters."""
+    client = connect(uri)
+    client.set_tag(run_id, OUTCOME_TAG, outcome)
+    if error is not None:
+        client.set_tag(run_id, _ERROR_TAG, error)
+    for key, value in values.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            client.log_metric(run_id, key, value)
+    client.set_terminated(run_id, status=status)
+
+
+def newest_search(uri: str, project: str) -> Search | None:
+    """The search of a project that was started last, None if there is none."""
+    client = connect(uri)
+    experiment = client.get_experiment_by_name(project)
+    if experiment is None:
+        return None
+    where, order = [experiment.experiment_id], ["attributes.start_time DESC"]
+    parents = client.search_runs(where, f"tags.`{_KIND_TAG}` = 'search'", order_by=order, max_results=1)
+    if not parents:
+        return None
+    parent = parents[0].info
+    trials = client.search_runs(
+        where, f"tags.`{PARENT_TAG}` = '{parent.run_id}'", order_by=["attributes.start_time ASC"]
+    )
+    return Search(parent.run_name, experiment.experiment_id, [trial.info.run_id for trial in trials])

@@ -1,0 +1,192 @@
+"""A whole search on a real Ray cluster and a real MLflow store, and one that is interrupted."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.parse import unquote
+
+import psutil
+import pytest
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from rich.console import Console
+
+from mimiclab import runs
+from mimiclab.errors import UserError
+from mimiclab.experiment import LoadedExperiment, load_experiment
+from mimiclab.search.driver import search
+from mimiclab.search.trials import Trial
+from mimiclab.tracking import ui
+from mimiclab.tracking.searches import newest_search
+
+pytestmark = pytest.mark.cluster
+
+TINY = (Path(__file__).parent / "tiny.yaml").read_text()
+# With this seed the first trial may detect 100 objects and the second one 1, which is pruned for it; the third
+# looks for weights that are not there.
+SEARCH = """
+name: look
+seed: 62
+scale: {workers: 1}
+search:
+  metric: student/AR100
+  trials: 3
+  max_concurrent: 1
+  space:
+    model.inference.max_detections: {choice: [100, 1]}
+    model.mimic.cls_weight: {loguniform: [0.1, 10]}
+    model.weights: {choice: [null, null, none.safetensors]}
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("search")
+
+
+def load(root: Path, *overrides: str) -> LoadedExperiment:
+    (root / "tiny.yaml").write_text(TINY.replace("ROOT", str(root)))
+    (root / "look.yaml").write_text("extends: tiny.yaml\n" + SEARCH)
+    return load_experiment(root / "look.yaml", overrides)
+
+
+@pytest.fixture(scope="module")
+def console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+@pytest.fixture(scope="module")
+def ranking(root: Path, console: Console, ray_cluster: None) -> list[Trial]:
+    """The trials of a finished search, the best first."""
+    return search(load(root), console=console)
+
+
+@pytest.fixture(scope="module")
+def client(root: Path) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{root}/mlflow.db")
+
+
+def said(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def parent_and_children(client: MlflowClient) -> tuple[Run, dict[str, Run]]:
+    found = client.search_runs([client.get_experiment_by_name("mimiclab").experiment_id])
+    (parent,) = (run for run in found if "mlflow.parentRunId" not in run.data.tags)
+    children = {run.info.run_name: run for run in found if run is not parent}
+    assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parent.info.run_id}
+    return parent, children
+
+
+def best_of(client: MlflowClient, run: Run) -> float:
+    return max((m.value for m in client.get_metric_history(run.info.run_id, "student/AR100")), default=-1)
+
+
+def test_the_better_trial_is_trained_to_its_end_and_the_worse_one_is_pruned(ranking: list[Trial]) -> None:
+    assert [(trial.name, trial.outcome, trial.epochs) for trial in ranking] == [
+        ("trial-00", "finished", 3),
+        ("trial-01", "pruned", 1),
+        ("trial-02", "failed", 0),
+    ]
+
+
+def test_mlflow_shows_the_search_and_its_trials(ranking: list[Trial], client: MlflowClient) -> None:
+    parent, children = parent_and_children(client)
+    assert (parent.info.run_name, parent.info.status) == ("look", "FINISHED")
+    assert parent.data.params["search.space.model.inference.max_detections.choice"] == "[100, 1]"
+    assert parent.data.tags["search.best_trial"] == "trial-00"
+    assert "`model.mimic.cls_weight`: loguniform [0.1, 10]" in parent.data.tags["mlflow.note.content"]
+    assert "| trial-01 | pruned |" in parent.data.tags["mlflow.note.content"]
+    assert {"experiment.yaml", "best.yaml"} == {file.path for file in client.list_artifacts(parent.info.run_id)}
+
+    assert {name: (run.info.status, run.data.tags["trial.outcome"]) for name, run in children.items()} == {
+        "look-trial-00": ("FINISHED", "finished"),
+        "look-trial-01": ("KILLED", "pruned"),
+        "look-trial-02": ("FAILED", "failed"),
+    }
+    for trial in ranking:
+        run = children[trial.experiment.name]
+        for key, value in trial.values.items():
+            assert run.data.params[key] == str(value)
+            assert run.data.metrics.get(key) == (value if isinstance(value, int | float) else None)
+    assert "none.safetensors" in children["look-trial-02"].data.tags["trial.error"]
+
+
+def test_the_ranking_is_that_of_the_recorded_metrics(ranking: list[Trial], client: MlflowClient) -> None:
+    parent, children = parent_and_children(client)
+    values = [best_of(client, children[trial.experiment.name]) for trial in ranking]
+    assert values == sorted(values, reverse=True)
+    assert values[0] == parent.data.metrics["best/student/AR100"]
+    for trial in ranking[:2]:
+        best = trial.best("max")
+        assert best is not None
+        assert best[1] == best_of(client, children[trial.experiment.name])
+
+
+def test_a_pruned_trial_has_its_whole_history(ranking: list[Trial], client: MlflowClient) -> None:
+    """ASHA kills it right after an evaluation, before all of that has been sent."""
+    _, children = parent_and_children(client)
+    pruned = children["look-trial-01"].info.run_id
+    losses = [m.step for m in client.get_metric_history(pruned, "train/loss")]
+    assert losses[:5] == [1, 2, 3, 4, 5]
+    assert len(losses) == len(set(losses))
+    assert [m.step for m in client.get_metric_history(pruned, "student/AP")] == [5]
+
+
+def test_the_folders_of_the_trials_say_how_they_ended(ranking: list[Trial]) -> None:
+    found = [runs.read(runs.folder_of(trial.experiment)) for trial in ranking]
+    assert [run.status if run else None for run in found] == ["finished", "killed", None]
+
+
+def test_the_best_trial_is_an_experiment_of_its_own(ranking: list[Trial], root: Path) -> None:
+    file = root / "runs" / "look" / "best.yaml"
+    assert file.read_text().startswith(
+        "# The best of 3 trials of the search look: trial-00 (finished), student/AR100 0."
+    )
+    best = load_experiment(file).experiment
+    assert best.name == "look-best"
+    assert best.model_copy(update={"name": "look-trial-00"}) == ranking[0].experiment
+    assert best.model.inference.max_detections == 100
+
+
+def test_a_person_sees_what_happens_and_what_came_of_it(ranking: list[Trial], console: Console) -> None:
+    lines = [line.rstrip() for line in said(console).splitlines()]
+    assert lines[0] == "3 trials, 1 at a time"
+    assert "trial-00  epoch 3/3, student/AR100 0." in said(console)
+    assert "trial-01  pruned after epoch 1" in lines
+    assert any(line.startswith("trial-02  failed: weights ") for line in lines)
+    start = next(i for i, line in enumerate(lines) if line.startswith("trial ")) + 1
+    assert [line.split()[:2] for line in lines[start : start + 3]] == [[trial.name, trial.outcome] for trial in ranking]
+    assert "Traceback" not in said(console)
+
+
+def test_the_pages_link_to_the_comparison_of_the_trials(ranking: list[Trial], root: Path) -> None:
+    found = newest_search(f"sqlite:///{root}/mlflow.db", "mimiclab")
+    assert found is not None
+    assert (found.name, len(found.trials)) == ("look", 3)
+    link = ui.compare_page("http://127.0.0.1:5000/", found.experiment_id, found.trials)
+    start, query = link.split("?")
+    assert start == "http://127.0.0.1:5000/#/compare-runs"
+    assert {key: json.loads(unquote(value)) for key, _, value in (p.partition("=") for p in query.split("&"))} == {
+        "runs": found.trials,
+        "experiments": [found.experiment_id],
+    }
+
+
+def test_the_same_search_again_is_refused(ranking: list[Trial], root: Path, console: Console) -> None:
+    with pytest.raises(UserError, match=r"search look: it was run before, .*search\.yaml exists.*--fresh"):
+        search(load(root), console=console)
+
+
+def test_more_workers_than_the_cluster_has(root: Path, console: Console, ray_cluster: None) -> None:
+    loaded = load(root, "name=large", "scale.workers=99", "optim.global_batch=99")
+    with pytest.raises(UserError, match="99 workers of 1 CPU each need 99, found 4 in the cluster"):
+        search(loaded, console=console)
+    assert not (root / "runs" / "large").exists()

@@ -1,0 +1,120 @@
+import contextlib
+import dataclasses
+import subprocess
+import time
+
+import psutil
+import pytest
+
+from mimiclab.cluster import local, state
+from mimiclab.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", "")
+
+
+@pytest.fixture
+def family():
+    """A process with a child that would survive it."""
+    parent = psutil.Popen(["sh", "-c", "sleep 300 & wait"], start_new_session=True)
+    while not (children := parent.children()):
+        time.sleep(0.01)
+    yield [psutil.Process(parent.pid), *children]
+    for process in [parent, *children]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    parent.wait()
+
+
+@pytest.fixture
+def cluster(family, tmp_path):
+    """A cluster whose head takes no jobs."""
+    folder = tmp_path / "ray"
+    folder.mkdir()
+    return state.LocalCluster(
+        "127.0.0.1:1",
+        "http://127.0.0.1:2",
+        str(folder),
+        {"RAY_AUTH_MODE": "token"},
+        processes=state.identify(family[:1]),
+    )
+
+
+def test_a_cluster_is_remembered(cluster):
+    cluster.write()
+
+    assert state.remembered() == cluster
+    assert state.running() == cluster
+
+
+def test_down_ends_what_was_started_and_forgets_it(cluster, family, tmp_path):
+    cluster.write()
+    said = []
+
+    assert local.down(said.append)
+
+    assert not any(map(state.is_alive, family))
+    assert said == [f"ended 2 processes and removed {tmp_path / 'ray'}"]
+    assert state.remembered() is None
+    assert not (tmp_path / "ray").exists()
+
+
+def test_down_leaves_a_process_alone_that_was_given_the_same_number(cluster, family):
+    pid, started = cluster.processes[0].pid, cluster.processes[0].started
+    dataclasses.replace(cluster, processes=(state.ProcessId(pid, started - 60),)).write()
+    said = []
+
+    assert state.running() is None
+    assert local.down(said.append)
+
+    assert all(map(state.is_alive, family))
+    assert said[0].startswith("ended 0 processes")
+
+
+def test_what_the_head_left_behind_is_ended_too(cluster, family):
+    dataclasses.replace(cluster, processes=state.identify(family)).write()
+    family[0].kill()
+    psutil.wait_procs(family[:1])
+
+    assert local.down(lambda _: None)
+
+    assert not state.is_alive(family[1])
+
+
+def test_a_process_that_ended_is_not_running_though_nobody_waited_for_it(cluster, family):
+    cluster.write()
+    with subprocess.Popen(["true"]) as ended:
+        while psutil.Process(ended.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        dataclasses.replace(cluster, processes=state.identify([psutil.Process(ended.pid)])).write()
+
+        assert state.running() is None
+
+
+def test_a_second_cluster_is_refused(cluster):
+    cluster.write()
+
+    with pytest.raises(UserError, match=r"runs on this machine already, at http://127\.0\.0\.1:2"):
+        local.up(None, pytest.fail)
+
+
+def test_down_without_a_cluster():
+    assert not local.down(pytest.fail)
+
+
+def test_a_token_is_made_once_and_for_this_user_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / ".ray" / "auth_token"
+
+    local.make_sure_of_token()
+    first = path.read_text()
+    local.make_sure_of_token()
+
+    assert path.read_text() == first
+    assert len(first) == 64
+    assert path.stat().st_mode & 0o777 == 0o600

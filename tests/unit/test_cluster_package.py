@@ -1,0 +1,89 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mimiclab.cluster import package
+from mimiclab.errors import UserError
+from mimiclab.experiment import load_experiment
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    """An experiment in a folder that also holds what must not travel."""
+    monkeypatch.chdir(tmp_path)
+    for name in (".git/config", ".venv/bin/python", "data/train/1.jpg", "runs/weights.safetensors", ".env"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("secret")
+    Path("x.yaml").write_text("name: small\ndata: {scenes: {}}\n")
+    return load_experiment("x.yaml", ["optim.lr=5e-4"]).experiment
+
+
+@pytest.fixture
+def stage(tmp_path):
+    folder = tmp_path / "stage"
+    folder.mkdir()
+    return folder
+
+
+def files_in(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_package_is_the_code_and_the_experiment(experiment, stage):
+    package.stage(experiment, stage)
+
+    files = files_in(stage)
+    assert {"mimicdet/detector.py", "mimiclab/cli.py", "mimiclab/data/coco.py", "experiment.yaml"} <= files
+    assert {file for file in files if not file.startswith(("mimicdet/", "mimiclab/"))} == {"experiment.yaml"}
+    assert not {file for file in files if "__pycache__" in file}
+    assert load_experiment(stage / "experiment.yaml").experiment == experiment
+
+
+def test_byte_code_and_hidden_files_stay(experiment, stage, tmp_path, monkeypatch):
+    source = tmp_path / "source" / "somecode"
+    for name in ("__init__.py", "part/a.py", "__pycache__/a.pyc", "part/b.pyc", ".git/config", "part/.env"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).touch()
+    monkeypatch.syspath_prepend(source.parent)
+    monkeypatch.setattr(package, "MODULES", ("somecode",))
+
+    package.stage(experiment, stage)
+
+    assert files_in(stage) == {"somecode/__init__.py", "somecode/part/a.py", "experiment.yaml"}
+
+
+def test_a_package_is_complete_and_comes_before_what_is_installed(experiment, stage):
+    package.stage(experiment, stage)
+    code = "import mimiclab.train, mimicdet; print(mimiclab.__file__, mimicdet.__file__, sep='\\n')"
+
+    out = subprocess.check_output(
+        [sys.executable, "-P", "-c", code], env={**os.environ, "PYTHONPATH": str(stage)}, text=True
+    )
+
+    assert out.splitlines() == [str(stage / "mimiclab/__init__.py"), str(stage / "mimicdet/__init__.py")]
+
+
+def test_a_package_says_its_size(experiment, stage):
+    said = package.stage(experiment, stage)
+
+    total = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
+    assert said.startswith(f"{len(files_in(stage))} files, {total / 1e6:.2f} MB")
+    assert total < 2e6
+
+
+def test_a_package_that_is_too_large_is_refused(experiment, stage, tmp_path, monkeypatch):
+    source = tmp_path / "source" / "largecode"
+    source.mkdir(parents=True)
+    (source / "__init__.py").touch()
+    (source / "forgotten.safetensors").write_bytes(bytes(3_000_000))
+    monkeypatch.syspath_prepend(source.parent)
+    monkeypatch.setattr(package, "MODULES", ("largecode",))
+    monkeypatch.setattr(package, "LIMIT_MB", 2)
+
+    with pytest.raises(
+        UserError, match=r"has 3\.0 MB, expected at most 2; .*: largecode/forgotten\.safetensors \(3\.00 MB\)"
+    ):
+        package.stage(experiment, stage)

@@ -1,0 +1,395 @@
+"""A search before anything runs: its section of the file, its space, its trials, their ranking."""
+
+from pathlib import Path
+
+import pytest
+
+from mimiclab.errors import UserError
+from mimiclab.experiment import differences, identity, load_experiment
+from mimiclab.schema import SearchConfig
+from mimiclab.search.driver import num_concurrent, search
+from mimiclab.search.results import best_experiment, note, ranking_table
+from mimiclab.search.space import draw, extremes
+from mimiclab.search.trials import Trial, plan, ranked
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+PLAIN = "name: small\ndata: {scenes: {}}\n"
+SPACE = """
+search:
+  trials: 3
+  space:
+    model.mimic.cls_weight: {loguniform: [0.1, 10]}
+    model.pyramid.stagger: {choice: [0, 1]}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def load(text=PLAIN + SPACE, *overrides, environ=None):
+    Path("x.yaml").write_text(text)
+    return load_experiment("x.yaml", overrides, environ or {})
+
+
+def mistake(text, *overrides):
+    with pytest.raises(UserError) as caught:
+        load(text, *overrides)
+    return str(caught.value)
+
+
+# The section of the file
+
+
+def test_a_search_has_defaults_for_all_but_its_space():
+    config = load(PLAIN + "search: {space: {optim.lr: {uniform: [1e-4, 1]}}}\n").experiment.search
+
+    assert config == SearchConfig(
+        metric="student/AP",
+        mode="max",
+        trials=16,
+        grace_period=1,
+        reduction_factor=2,
+        max_concurrent="auto",
+        space={"optim.lr": {"uniform": [1e-4, 1]}},
+    )
+
+
+def test_a_search_is_no_part_of_what_a_run_computes():
+    plain, searched = load(PLAIN).experiment, load().experiment
+
+    assert plain != searched
+    assert identity(plain) == identity(searched)
+    assert differences(plain, searched) == []
+
+
+def test_the_searches_that_come_with_the_project_can_be_planned():
+    files = list((EXPERIMENTS / "search").glob("*.yaml"))
+
+    assert files
+    for file in files:
+        assert plan(load_experiment(file))
+
+
+def test_keys_of_a_space_know_where_they_were_written():
+    loaded = load(PLAIN + SPACE, "search.space.optim.lr={uniform: [1e-4, 1]}")
+
+    assert loaded.origins["search.space.model.pyramid.stagger.choice"] == "x.yaml:8"
+    assert loaded.origins["search.space.optim.lr.uniform"] == "--set"
+
+
+def test_an_override_replaces_the_distribution_of_a_key():
+    loaded = load(PLAIN + SPACE, "search.space.model.mimic.cls_weight={choice: [3]}")
+
+    assert loaded.experiment.search.space == {
+        "model.mimic.cls_weight": {"choice": [3]},
+        "model.pyramid.stagger": {"choice": [0, 1]},
+    }
+
+
+BAD_SPACES = {
+    "nothing": ("{}", "search.space: found no keys, expected dotted keys, such as model.mimic.cls_weight: {uni"),
+    "no mapping": ("[optim.lr]", 'search.space: found ["optim.lr"], expected dotted keys'),
+    "null": ("", "search.space: found null, expected dotted keys"),
+    "unknown key": (
+        "{model.mimic.cls_wieght: {uniform: [0, 1]}}",
+        "search.space.model.mimic.cls_wieght: unknown key model.mimic.cls_wieght; did you mean model.mimic.cls_weight?",
+    ),
+    "unknown kind": (
+        "{optim.lr: {logunifrom: [0.1, 1]}}",
+        'search.space.optim.lr: found {"logunifrom": [0.1, 1]}, expected one of uniform, loguniform, int, choice',
+    ),
+    "two kinds": (
+        "{optim.lr: {uniform: [0.1, 1], choice: [1]}}",
+        'search.space.optim.lr: found {"uniform": [0.1, 1], "choice": [1]}, expected one of',
+    ),
+    "a value": ("{optim.lr: 3}", "search.space.optim.lr: found 3, expected one of"),
+    "one end": ("{optim.lr: {uniform: [1]}}", "uniform: found [1], expected two numbers, [low, high]"),
+    "upside down": ("{optim.lr: {uniform: [2, 1]}}", "uniform: found [2, 1], expected two numbers, [low, high]"),
+    "text": ("{optim.lr: {uniform: [a, b]}}", 'uniform: found ["a", "b"], expected two numbers, [low, high]'),
+    "truth": ("{optim.lr: {uniform: [false, true]}}", "uniform: found [false, true], expected two numbers"),
+    "parts": ("{seed: {int: [0.5, 1]}}", "int: found [0.5, 1], expected two whole numbers, [low, high]"),
+    "log of 0": ("{optim.lr: {loguniform: [0, 1]}}", "loguniform: found [0, 1], expected a low end above 0"),
+    "no choice": ("{optim.lr: {choice: []}}", "choice: found [], expected a list of values"),
+    "below the schema": (
+        "{optim.lr: {uniform: [-1, 1]}}",
+        "search.space.optim.lr: -1.0 does not fit: optim: lr must be positive, found -1.0",
+    ),
+    "above the schema": (
+        "{model.pyramid.stagger: {int: [0, 3]}}",
+        "search.space.model.pyramid.stagger: 3 does not fit: model.pyramid: min_level - stagger must be at least 2",
+    ),
+    "a choice of another type": (
+        "{optim.name: {choice: [sgd, adam]}}",
+        "search.space.optim.name: \"adam\" does not fit: optim.name: found \"adam\", expected 'sgd' or 'adamw'",
+    ),
+    "a range for whole numbers": (
+        "{optim.warmup_steps: {uniform: [2, 4]}}",
+        "search.space.optim.warmup_steps: 2.0 does not fit: optim.warmup_steps: found 2.0, expected a whole number",
+    ),
+    "a section": (
+        "{model.mimic: {choice: [1]}}",
+        "search.space.model.mimic: 1 does not fit: model.mimic: found 1, expected a section of keys",
+    ),
+    "below a key": (
+        "{seed.x: {choice: [1]}}",
+        "search.space.seed.x: seed: found a section of keys, expected a whole number",
+    ),
+    "an unset variable": (
+        "{model.weights: {choice: [$NOWHERE/a]}}",
+        "\"$NOWHERE/a\" does not fit: model.weights: variable NOWHERE is unset or empty, found '$NOWHERE/a'",
+    ),
+    **{
+        key: (f"{{{key}: {{choice: [1]}}}}", f"search.space.{key}: name, search, scale, where and optim.epochs are the")
+        for key in ("name", "scale.workers", "where.storage", "optim.epochs", "search.trials")
+    },
+}
+
+
+@pytest.mark.parametrize(("space", "message"), BAD_SPACES.values(), ids=BAD_SPACES.keys())
+def test_mistakes_in_a_space(space, message):
+    found = mistake(PLAIN + f"search:\n  space: {space}\n")
+
+    assert message in found
+    assert found.startswith("x.yaml:4: search.space")
+    assert "\n" not in found
+
+
+BAD_SEARCHES = {
+    "no space": ("{trials: 2}", "x.yaml:3: search.space: found nothing, expected a value"),
+    "mode": ("{mode: best}", "search.mode: found \"best\", expected 'max' or 'min'"),
+    "no trials": ("{trials: 0}", "search.trials: found 0, expected more than 0"),
+    "no reduction": ("{reduction_factor: 1}", "search.reduction_factor: found 1, expected 2 or more"),
+    "none at a time": (
+        "{max_concurrent: 0}",
+        "search.max_concurrent: found 0, expected a whole number above 0, or auto",
+    ),
+    "some at a time": ("{max_concurrent: many}", 'search.max_concurrent: found "many", expected a whole number'),
+    "unknown": ("{trails: 3}", "unknown key search.trails; did you mean search.trials?"),
+    "too patient": (
+        "{grace_period: 13}",
+        "search.grace_period must not be above optim.epochs, found search.grace_period 13 and optim.epochs 12",
+    ),
+}
+
+
+@pytest.mark.parametrize(("section", "message"), BAD_SEARCHES.values(), ids=BAD_SEARCHES.keys())
+def test_mistakes_in_a_search(section, message):
+    space = "" if section == "{trials: 2}" else ", space: {optim.lr: {choice: [1]}}"
+
+    assert message in mistake(PLAIN + f"search: {section[:-1]}{space}}}\n")
+
+
+def test_every_key_of_a_space_is_checked():
+    found = mistake(PLAIN + "search:\n  space:\n    optim.lrr: {choice: [1]}\n    optim.lr: {choice: [1, -1]}\n")
+
+    assert found.splitlines() == [
+        "x.yaml: 2 mistakes",
+        "  x.yaml:5: search.space.optim.lrr: unknown key optim.lrr; did you mean optim.lr?",
+        "  x.yaml:6: search.space.optim.lr: -1 does not fit: optim: lr must be positive, found -1.0",
+    ]
+
+
+# Drawing
+
+
+RANGES = {
+    "a": {"uniform": [-1, 3]},
+    "b": {"loguniform": [0.01, 100]},
+    "c": {"int": [2, 4]},
+    "d": {"choice": ["x", None, [1, 2]]},
+}
+
+
+def test_draws_cover_their_ranges_and_nothing_else():
+    drawn = [draw(RANGES, 0, number) for number in range(2000)]
+    a, b = ([values[key] for values in drawn] for key in "ab")
+
+    assert -1 <= min(a) < -0.98
+    assert 2.98 < max(a) <= 3
+    assert sum(a) / len(a) == pytest.approx(1, abs=0.1)
+    assert 0.01 <= min(b) < 0.011
+    assert 90 < max(b) <= 100
+    assert sum(value < 1 for value in b) / len(b) == pytest.approx(0.5, abs=0.05)
+    assert {values["c"] for values in drawn} == {2, 3, 4}
+    assert {str(values["d"]) for values in drawn} == {"x", "None", "[1, 2]"}
+
+
+def test_draws_stay_between_ends_of_many_digits():
+    ends = [0.12345678, 0.12345679]
+
+    assert ends[0] <= draw({"a": {"uniform": ends}}, 0, 0)["a"] <= ends[1]
+
+
+def test_a_draw_depends_on_seed_number_and_key_alone():
+    one = draw(RANGES, 7, 3)
+
+    assert draw(RANGES, 7, 3) == one
+    assert draw({"b": RANGES["b"]}, 7, 3)["b"] == one["b"]
+    assert draw(RANGES, 8, 3)["b"] != one["b"]
+    assert draw(RANGES, 7, 4)["b"] != one["b"]
+    assert draw({"b": RANGES["b"], "e": RANGES["b"]}, 7, 3)["e"] != one["b"]
+
+
+def test_draws_are_the_same_in_every_process_and_release():
+    assert draw(RANGES, 0, 0) == {"a": -0.4392, "b": 16.27, "c": 2, "d": None}
+
+
+def test_the_extremes_of_a_range_are_numbers_with_a_point():
+    assert [type(value) for value in extremes({"uniform": [0, 1]})] == [float, float]
+    assert extremes({"int": [0, 3]}) == [0, 3]
+    assert extremes({"choice": [1, None, "a"]}) == [1, None, "a"]
+
+
+# Trials
+
+
+def test_the_same_file_gives_the_same_trials():
+    first, second = plan(load()), plan(load(PLAIN + SPACE, "search.trials=5"))
+
+    assert [trial.experiment for trial in first] == [trial.experiment for trial in second[:3]]
+    assert [trial.name for trial in second] == ["trial-00", "trial-01", "trial-02", "trial-03", "trial-04"]
+    assert len({trial.values["model.mimic.cls_weight"] for trial in second}) == 5
+
+
+def test_a_trial_is_the_experiment_with_its_values_and_a_name_of_its_own():
+    loaded = load()
+    trial = plan(loaded)[1]
+
+    assert trial.experiment.name == "small-trial-01"
+    assert trial.experiment.search is None
+    assert differences(loaded.experiment, trial.experiment) == [
+        'name: "small" -> "small-trial-01"',
+        f"model.pyramid.stagger: 1 -> {trial.values['model.pyramid.stagger']}",
+        f"model.mimic.cls_weight: 1.0 -> {trial.values['model.mimic.cls_weight']}",
+    ]
+
+
+def test_what_a_file_leaves_out_follows_the_values_of_the_trial():
+    """The norm of a backbone depends on whether there are weights: it is resolved for each trial anew."""
+    text = PLAIN + "search: {trials: 8, space: {model.backbone.weights: {choice: [null, $FOLDER/a.safetensors]}}}\n"
+    backbones = [trial.experiment.model.backbone for trial in plan(load(text, environ={"FOLDER": "/w$"}))]
+
+    assert {(b.weights, b.norm) for b in backbones} == {(None, "group_norm"), ("/w$/a.safetensors", "frozen_bn")}
+
+
+def test_values_that_do_not_fit_together_name_their_trial():
+    space = "{model.pyramid.stagger: {choice: [1, 0]}, model.pyramid.min_level: {choice: [3, 2]}}"
+    text = PLAIN + f"model: {{pyramid: {{stagger: 0}}}}\nsearch: {{trials: 30, space: {space}}}\n"
+
+    with pytest.raises(
+        UserError,
+        match=r"x\.yaml: search: trial-\d\d with model.pyramid.stagger = 1, model.pyramid.min_level = 2: "
+        r"model.pyramid: min_level - stagger must be at least 2",
+    ):
+        plan(load(text))
+
+
+def test_a_search_needs_its_section():
+    with pytest.raises(UserError, match=r"^x\.yaml: it has no search: section, expected one such as\n  search: {"):
+        search(load(PLAIN), console=None)
+
+
+@pytest.mark.parametrize(
+    ("scale", "cluster", "most", "expected"),
+    [
+        ("{workers: 1}", {"CPU": 4.0}, "auto", 3),  # no more than there are trials
+        ("{workers: 2}", {"CPU": 4.0}, "auto", 2),
+        ("{workers: 2, threads: 2}", {"CPU": 7.0}, "auto", 1),
+        ("{workers: 1, gpu: true}", {"CPU": 64.0, "GPU": 2.0}, "auto", 2),
+        ("{workers: 1, gpu: true, threads: 32}", {"CPU": 64.0, "GPU": 8.0}, "auto", 2),
+        ("{workers: 1}", {"CPU": 4.0}, "1", 1),
+        ("{workers: 2}", {"CPU": 4.0}, "3", 2),
+    ],
+)
+def test_as_many_trials_run_at_a_time_as_the_cluster_holds(scale, cluster, most, expected):
+    experiment = load(PLAIN + SPACE, f"scale={scale}", f"search.max_concurrent={most}").experiment
+
+    assert num_concurrent(experiment, cluster) == expected
+
+
+# Results
+
+
+def trial(number, outcome, *values):
+    own = plan(load())[number]
+    return Trial(number, own.values, own.experiment, outcome, list(enumerate(values, start=1)))
+
+
+def some_trials():
+    return [trial(0, "finished", 0.1, 0.4, 0.3), trial(1, "pruned", 0.2), trial(2, "failed")]
+
+
+def test_trials_rank_by_their_best_evaluation():
+    a, b, c = some_trials()
+    b.evaluations.append((2, float("nan")))
+
+    assert ranked([c, b, a], "max") == [a, b, c]
+    assert ranked([c, b, a], "min") == [a, b, c]
+    assert ranked([trial(1, "pruned", 0.5), a], "max")[0].number == 1
+    assert a.best("max") == (2, 0.4)
+    assert a.best("min") == (1, 0.1)
+    assert b.best("max") == (1, 0.2)
+    assert c.best("max") is None
+
+
+def test_equals_rank_by_number():
+    assert [t.number for t in ranked([trial(1, "finished", 0.5), trial(0, "finished", 0.5)], "max")] == [0, 1]
+
+
+def test_the_table_shows_each_trial_with_its_values():
+    table = ranking_table(some_trials(), load().experiment.search, "small")
+
+    assert [column.header for column in table.columns] == [
+        *("trial", "outcome", "student/AP", "epochs", "cls_weight", "stagger")
+    ]
+    cells = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert [row[:4] for row in cells] == [
+        ("trial-00", "finished", "0.4000", "3"),
+        ("trial-01", "pruned", "0.2000", "1"),
+        ("trial-02", "failed", "-", "0"),
+    ]
+    assert [float(row[4]) for row in cells] == [t.values["model.mimic.cls_weight"] for t in some_trials()]
+
+
+def test_keys_that_end_alike_are_told_apart():
+    space = "{model.student.loss_weight: {choice: [1]}, model.teacher.loss_weight: {choice: [1]}}"
+    table = ranking_table([], load(PLAIN + f"search: {{space: {space}}}\n").experiment.search, "small")
+
+    assert [column.header for column in table.columns][-2:] == [
+        "model.student.loss_weight",
+        "model.teacher.loss_weight",
+    ]
+
+
+def test_the_best_trial_becomes_a_file_that_says_where_it_comes_from():
+    best = some_trials()[0]
+    text = best_experiment(load().experiment, best, 3)
+    Path("best.yaml").write_text(text)
+
+    assert text.splitlines()[:4] == [
+        "# The best of 3 trials of the search small: trial-00 (finished), student/AP 0.4000 at epoch 2.",
+        "# What the search chose:",
+        f"#   model.mimic.cls_weight: {best.values['model.mimic.cls_weight']}",
+        f"#   model.pyramid.stagger: {best.values['model.pyramid.stagger']}",
+    ]
+    loaded = load_experiment("best.yaml").experiment
+    assert loaded.name == "small-best"
+    assert loaded.model_copy(update={"name": "small-trial-00"}) == best.experiment
+
+
+def test_the_note_tells_the_space_and_then_the_ranking():
+    experiment = load().experiment
+
+    before, after = note(experiment), note(experiment, some_trials())
+
+    assert before.splitlines() == [
+        "ASHA search of 3 trials for the max of `student/AP`, 1 to 12 epochs each, over",
+        "- `model.mimic.cls_weight`: loguniform [0.1, 10]",
+        "- `model.pyramid.stagger`: choice [0, 1]",
+    ]
+    assert after.startswith(before)
+    assert "| trial | outcome | student/AP | epochs | cls_weight | stagger |" in after
+    assert "| trial-01 | pruned | 0.2000 | 1 | " in after
