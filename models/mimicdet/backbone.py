@@ -48,14 +48,11 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class _NarrowResNet(ResNet):  # type: ignore[misc]  # torchvision ships no types
-    """torchvision's basic-block ResNet with `width` instead of 64 channels in stem and C2, all else in proportion."""
+    """torchvision's ResNet of basic blocks with all four stages narrowed to `width` / 64; the stem stays."""
 
     def __init__(self, layers: Sequence[int], width: int, norm_layer: Callable[..., nn.Module]) -> None:
         self._width = width
         super().__init__(BasicBlock, list(layers), norm_layer=norm_layer)
-        self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.bn1 = norm_layer(width)
 
     def _make_layer(
         self,
@@ -65,8 +62,6 @@ class _NarrowResNet(ResNet):  # type: ignore[misc]  # torchvision ships no types
         stride: int = 1,
         dilate: bool = False,
     ) -> nn.Sequential:
-        if planes == 64:  # the first stage follows the stem
-            self.inplanes = self._width
         layer: nn.Sequential = super()._make_layer(block, planes * self._width // 64, blocks, stride, dilate)
         return layer
 

@@ -34,7 +34,7 @@ class BackboneConfig:
     """How many stages keep their weights, the stem being the first. None is 2 with weights (stem and C2, as
     Faster R-CNN) and 0 without. (chosen)"""
     width: int = 64
-    """Channels of stem and C2 in ResNet-18, all else in proportion; less than 64 only from a random start."""
+    """Channels of C2 in ResNet-18, C3 to C5 in proportion; less than 64 only from a random start."""
 
     def __post_init__(self) -> None:
         # Resolved here, so that a resolved experiment shows what is used.

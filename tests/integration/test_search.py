@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from urllib.parse import unquote
 
 import psutil
 import pytest
-import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from rich.console import Console
@@ -77,12 +75,11 @@ def said(console: Console) -> str:
     return console.file.getvalue()
 
 
-def parent_and_children(client: MlflowClient) -> tuple[Run, dict[str, Run]]:
+def parent_and_children(client: MlflowClient, name: str = "look") -> tuple[Run, dict[str, Run]]:
     found = client.search_runs([client.get_experiment_by_name("mimiclab").experiment_id])
-    (parent,) = (run for run in found if "mlflow.parentRunId" not in run.data.tags)
-    children = {run.info.run_name: run for run in found if run is not parent}
-    assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parent.info.run_id}
-    return parent, children
+    (parent,) = (run for run in found if run.info.run_name == name)
+    children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    return parent, {run.info.run_name: run for run in children}
 
 
 def best_of(client: MlflowClient, run: Run) -> float:
@@ -190,3 +187,53 @@ def test_more_workers_than_the_cluster_has(root: Path, console: Console, ray_clu
     with pytest.raises(UserError, match="99 workers of 1 CPU each need 99, found 4 in the cluster"):
         search(loaded, console=console)
     assert not (root / "runs" / "large").exists()
+
+
+def test_a_metric_that_no_evaluation_reports(root: Path, client: MlflowClient, ray_cluster: None) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    with pytest.raises(
+        UserError, match=r"search.metric: evaluations do not report student/ap; did you mean student/AP"
+    ):
+        search(load(root, "name=misnamed", "search.metric=student/ap", "search.trials=1"), console=console)
+    (parent,) = client.search_runs(["1"], "attributes.run_name = 'misnamed'")
+    (child,) = client.search_runs(["1"], "attributes.run_name = 'misnamed-trial-00'")
+    assert (parent.info.status, child.info.status) == ("FAILED", "KILLED")
+
+
+def test_ctrl_c_stops_a_search_cleanly(root: Path) -> None:
+    """The command line on a cluster of its own: exit code 130, all recorded as killed, no process left."""
+    load(root)
+    command = [sys.executable, "-c", "from mimiclab.cli import main; main()", "search", "look.yaml"]
+    overrides = ("name=stopped", "optim.epochs=1000", f"where.tracking=sqlite:///{root}/stopped.db")
+    process = subprocess.Popen(
+        [*command, *(word for override in overrides for word in ("--set", override))],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    progress = root / "runs" / "stopped-trial-00" / runs.PROGRESS
+    deadline = time.monotonic() + 200
+    while not (progress.exists() and '"step": 7' in progress.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "stopped" in output
+    assert "Traceback" not in output
+
+    client = MlflowClient(f"sqlite:///{root}/stopped.db")
+    parent, trials = parent_and_children(client, "stopped")
+    assert parent.info.status == "KILLED"
+    assert {name: (run.info.status, run.data.tags["trial.outcome"]) for name, run in trials.items()} == {
+        "stopped-trial-00": ("KILLED", "killed")
+    }
+    run = runs.read(root / "runs" / "stopped-trial-00")
+    assert run is not None
+    assert run.status == "killed"
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert alive == []

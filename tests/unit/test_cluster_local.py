@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import subprocess
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -118,3 +119,22 @@ def test_a_token_is_made_once_and_for_this_user_only(tmp_path, monkeypatch):
     assert path.read_text() == first
     assert len(first) == 64
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_start_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    heads = []
+
+    def interrupt(_):
+        cluster = state.running()
+        assert cluster is not None
+        heads.extend([cluster, *cluster.running()])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        local.up(1, interrupt)
+
+    cluster, head = heads
+    assert not state.is_alive(head)
+    assert state.remembered() is None
+    assert not Path(cluster.folder).exists()

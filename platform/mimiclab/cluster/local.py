@@ -84,8 +84,8 @@ def up(num_cpus: int | None, say: Callable[[str], None]) -> LocalCluster:
         processes=state.identify([leader]),
     )
     cluster.write()  # before it answers, so that `down` ends it whatever happens to this command
-    say(f"starting a head at {cluster.head}, its files in {folder}")
     try:
+        say(f"starting a head at {cluster.head}, its files in {folder}")
         _wait_for_jobs(cluster, agent, process, say)
     except BaseException:
         _end(cluster)

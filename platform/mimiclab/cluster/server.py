@@ -110,7 +110,7 @@ def _probe(name: str, address: str) -> str:
             return url
     except urllib.error.HTTPError:  # it wants a token, or is something else: Ray's client says which
         return url
-    except ZeroDivisionError as error:
+    except (urllib.error.URLError, TimeoutError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise UserError(f"{name} {address}: no cluster answers there ({reason}); {_EXPECTED}") from error
     except (OSError, http.client.HTTPException) as error:

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.error import TuneError
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from rich.console import Console
@@ -93,7 +94,12 @@ def run_trials(
             verbose=2 if verbose else 0,
         ),
     )
-    tuner.fit()
+    try:
+        tuner.fit()
+    except TuneError as error:
+        if isinstance(error.__context__, UserError):  # ours, out of Tune's wrapping
+            raise error.__context__ from None
+        raise
     if any(trial.outcome in ("waiting", "running") for trial in trials):  # Tune answers Ctrl-C by returning early
         raise KeyboardInterrupt
 
