@@ -23,10 +23,15 @@ class Backbone(nn.Module):
     Stages, not layers, are the unit of freezing: `stages[0]` is the stem, `stages[i]` ends in C_{i+1}.
     """
 
-    def __init__(self, config: BackboneConfig) -> None:
+    def __init__(self, config: BackboneConfig, *, pretrained: bool = True) -> None:
+        """Build `config.name`; `pretrained` False leaves `config.weights` unread, for a state that replaces them."""
         super().__init__()
         norm = FrozenBatchNorm2d if config.norm == "frozen_bn" else group_norm
-        stages, channels = _mobilenet(config, norm) if config.name == "mobilenet_v2" else _resnet(config, norm)
+        build = _mobilenet if config.name == "mobilenet_v2" else _resnet
+        net, stages, channels = build(config, norm)
+        if config.weights is not None and pretrained:
+            # Under torchvision's own names, before the parts are put into stages.
+            load_matching(net, config.weights, ignore=("fc.", "classifier."))
         self.stages = nn.ModuleList(stages)
         self.channels = dict(zip(C_LEVELS, channels, strict=True))
         for stage in stages[: config.frozen_stages]:
@@ -66,7 +71,7 @@ class _NarrowResNet(ResNet):  # type: ignore[misc]  # torchvision ships no types
         return layer
 
 
-def _resnet(config: BackboneConfig, norm: Callable[..., nn.Module]) -> tuple[list[nn.Module], list[int]]:
+def _resnet(config: BackboneConfig, norm: Callable[..., nn.Module]) -> tuple[nn.Module, list[nn.Module], list[int]]:
     if config.name == "resnet50":
         net = torchvision.models.resnet50(norm_layer=norm)
         channels = [256, 512, 1024, 2048]
@@ -77,21 +82,17 @@ def _resnet(config: BackboneConfig, norm: Callable[..., nn.Module]) -> tuple[lis
         net = torchvision.models.resnet18(norm_layer=norm)
         channels = [64, 128, 256, 512]
     del net.fc
-    if config.weights is not None:
-        load_matching(net, config.weights, ignore=("fc.",))
     stem = nn.Sequential(net.conv1, net.bn1, net.relu)
-    # The pooling belongs to C2's stride, so that it is frozen with no weights of its own either way.
-    return [stem, nn.Sequential(net.maxpool, *net.layer1), net.layer2, net.layer3, net.layer4], channels
+    # The pooling belongs to C2's stride; it has no weights, so that freezing treats it alike on either side.
+    return net, [stem, nn.Sequential(net.maxpool, *net.layer1), net.layer2, net.layer3, net.layer4], channels
 
 
-def _mobilenet(config: BackboneConfig, norm: Callable[..., nn.Module]) -> tuple[list[nn.Module], list[int]]:
+def _mobilenet(config: BackboneConfig, norm: Callable[..., nn.Module]) -> tuple[nn.Module, list[nn.Module], list[int]]:
     net = torchvision.models.mobilenet_v2(norm_layer=norm)
     del net.classifier
-    if config.weights is not None:
-        load_matching(net, config.weights, ignore=("classifier.",))
     blocks = list(net.features)
     # Each stage ends in the linear bottleneck before the next stride; the last 1x1 to 1280 channels only
     # serves the classifier and is left out.
     bounds = (0, 2, 4, 7, 14, 18)
-    stages = [nn.Sequential(*blocks[a:b]) for a, b in pairwise(bounds)]
-    return list(stages), [24, 32, 96, 320]
+    stages: list[nn.Module] = [nn.Sequential(*blocks[a:b]) for a, b in pairwise(bounds)]
+    return net, stages, [24, 32, 96, 320]

@@ -54,15 +54,21 @@ class MimicDet(Detector):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: ModelConfig, num_classes: int) -> None:
-        """Build the detector for classes 0..num_classes - 1."""
+    def __init__(self, config: ModelConfig, num_classes: int, *, pretrained: bool = True) -> None:
+        """Build the detector for classes 0..num_classes - 1.
+
+        Args:
+            config: its parts.
+            num_classes: without background.
+            pretrained: read the backbone's weights; False where a whole state is loaded next.
+        """
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, found {num_classes}")
         self.config = config
         self.num_classes = num_classes
         channels = config.pyramid.channels
-        self.backbone = Backbone(config.backbone)
+        self.backbone = Backbone(config.backbone, pretrained=pretrained)
         self.pyramid = Pyramid(self.backbone.channels, config.pyramid)
         self.refinement = Refinement(channels)
         self.student = Student(channels, num_classes, config.student)

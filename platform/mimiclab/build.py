@@ -12,15 +12,17 @@ from mimiclab.checkpoint import classes_of
 from mimiclab.errors import UserError
 
 
-def build_detector(config: ModelConfig, classes: Sequence[str]) -> Detector:
-    """Build the detector for these classes and load `model.weights` where given.
+def build_detector(config: ModelConfig, classes: Sequence[str], *, pretrained: bool = True) -> Detector:
+    """Build the detector for these classes, with the weights that the experiment starts from.
+
+    `pretrained` False reads none of them: a run's own weights are loaded next, and what it started from may be gone.
 
     Raises:
         UserError: weights cannot be read, or are of another model or other classes.
     """
     try:
-        detector = MimicDet(config, len(classes))
-        if config.weights is not None:
+        detector = MimicDet(config, len(classes), pretrained=pretrained)
+        if config.weights is not None and pretrained:
             _check_classes(Path(config.weights), classes)
             load_matching(detector, config.weights)
     except ValueError as error:

@@ -50,6 +50,7 @@ Address = Annotated[
     str | None,
     typer.Option(metavar="HOST:PORT", help="Head of a Ray cluster; $RAY_ADDRESS, else this machine."),
 ]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Remove the run of this name and start anew.")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name, MLflow id or folder of a run.")]
 Storage = Annotated[str, typer.Option(help="Folder that holds the runs.")]
 
@@ -87,7 +88,7 @@ def train(
     experiment: ExperimentFile,
     overrides: Overrides = None,
     address: Address = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Remove the run of this name and start anew.")] = False,
+    fresh: Fresh = False,
     verbose: Verbose = False,
 ) -> None:
     """Train an experiment; the same command goes on where it was."""
@@ -97,12 +98,12 @@ def train(
 
 
 @app.command()
-def demo(overrides: Overrides = None, verbose: Verbose = False) -> None:
+def demo(overrides: Overrides = None, fresh: Fresh = False, verbose: Verbose = False) -> None:
     """Generate scenes, train on them from a random start, and show what was learned."""
     from mimiclab.experiment import load_experiment
 
     file = _shipped_experiment("scenes.yaml")
-    _train(load_experiment(file, overrides or ()).experiment, None, False, verbose)
+    _train(load_experiment(file, overrides or ()).experiment, None, fresh, verbose)
 
 
 def _shipped_experiment(name: str) -> Path:

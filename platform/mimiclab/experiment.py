@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 
 DEFAULT = "default"
 
-# Contract: these change how fast, where and how long, but not which run it is.
-_NOT_IDENTITY = ("scale.", "where.", "search", "optim.epochs")
+# These change how fast, where and how long, and what is kept or shown, but not which run it is.
+_NOT_IDENTITY = (
+    *("scale.", "where.", "search", "checkpoint."),
+    *("optim.epochs", "data.loader_processes", "eval.num_pictures"),
+)
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ def _space_mistakes(
     for key, distribution in space.items():
         where = ("search", "space", key)
         if key == "name" or key.startswith(_NOT_IDENTITY):
-            fixed = "name, search, scale, where and optim.epochs are the same for all trials"
+            fixed = f"name, {', '.join(part.rstrip('.') for part in _NOT_IDENTITY)} are the same for all trials"
             found.append((where, f"search.space.{key}: {fixed}, expected another key"))
             continue
         for value in extremes(distribution):

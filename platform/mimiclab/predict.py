@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,8 +33,7 @@ class Detection:
 
 def load_detector(run: Run, experiment: Experiment) -> Detector:
     """The detector of a run with its best weights, in evaluation mode."""
-    # What training started from may be gone, and is overwritten anyway.
-    detector = build_detector(replace(experiment.model, weights=None), run.classes)
+    detector = build_detector(experiment.model, run.classes, pretrained=False)
     detector.load_state_dict(run.best().weights())
     return detector.eval()
 
@@ -73,7 +72,7 @@ def predict(
     Raises:
         UserError: an image cannot be read, the folder cannot be made, or a picture would replace an image.
     """
-    experiment = run.experiment()
+    experiment = run.located()
     detector = load_detector(run, experiment)
     try:
         save.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@
     progress.jsonl    what rank 0 has to say, a line an event
     checkpoints/      see checkpoint.py
     pictures/         of the last evaluation
+    unsent.json       metric values that the tracking server did not take, if any
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 Status = Literal["running", "finished", "failed", "killed"]
 
 RUN, EXPERIMENT, PROGRESS = "run.json", "experiment.yaml", "progress.jsonl"
-CHECKPOINTS, PICTURES = "checkpoints", "pictures"
+CHECKPOINTS, PICTURES, UNSENT = "checkpoints", "pictures", "unsent.json"
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,13 @@ class Run:
         if newest is None:
             raise UserError(f"run {self.folder}: it has no checkpoint yet, expected one in {self.checkpoints}")
         best = newest.meta["best"]
-        if best is None or best["step"] == newest.step:
-            return newest
-        return checkpoint.load(self.checkpoints / f"step-{best['step']:08d}")
+        path = self.checkpoints / f"step-{best['step']:08d}" if best else newest.path
+        # Removed where a newer best was saved by a checkpoint that is damaged now.
+        return checkpoint.load(path) if path.is_dir() else newest
+
+    def located(self) -> Experiment:
+        """The experiment with absolute paths, as the workers had it: it holds from any folder."""
+        return Experiment.model_validate(self.best().meta["experiment"])
 
 
 def folder_of(experiment: Experiment) -> Path:

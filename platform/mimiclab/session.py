@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 from collections.abc import Iterator
 
 from mimiclab.cluster.state import running_at
@@ -26,6 +27,8 @@ ENVIRONMENT = {
 }
 """Ray's settings; what the user has set in the environment comes first."""
 
+_CONNECT_TIMEOUT_S = 5.0
+
 
 @contextlib.contextmanager
 def ray_session(address: str | None, scale: ScaleConfig, *, verbose: bool) -> Iterator[None]:
@@ -41,6 +44,7 @@ def ray_session(address: str | None, scale: ScaleConfig, *, verbose: bool) -> It
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
         running_at(address)
+        _check_answers(address)
     import ray
 
     owned = not ray.is_initialized()
@@ -64,6 +68,19 @@ def ray_session(address: str | None, scale: ScaleConfig, *, verbose: bool) -> It
     finally:
         if owned:
             ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    # Ray itself tries for minutes. Addresses without a port ("auto", a client's URL) are left to it.
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "/" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"--address {address}: no Ray cluster answers there ({error}); expected HOST:PORT of a head node"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -33,12 +33,12 @@ def show_result(run: Run, experiment: Experiment, console: Console) -> None:
 
 def evaluate_run(run: Run, console: Console) -> None:
     """Score a run's best weights on its validation set and print the table."""
-    from mimiclab.data.splits import locate, read_splits
+    from mimiclab.data.splits import read_splits
     from mimiclab.evaluate import evaluate
     from mimiclab.predict import load_detector
 
-    experiment = run.experiment()
-    splits = read_splits(locate(experiment.data))
+    experiment = run.located()
+    splits = read_splits(experiment.data)
     if splits.val.classes != run.classes:
         raise UserError(
             f"{splits.val.annotations} has the classes {list(splits.val.classes)}, "

@@ -5,6 +5,7 @@ Imports stay light here: Ray ships `_loop` to its controller by this module's na
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,11 @@ if TYPE_CHECKING:
 # image stops the run where it is met.
 DECODE_AHEAD = 2000
 
+# What is wrong with a data set is named up to so many times for each of its splits.
+MAX_NOTES = 20
+
 _POLL_S = 0.3
+_SEND_TIMEOUT_S = 60.0
 # Ray's own record of a fit; nothing is resumed from it.
 _RAY_FOLDER = "ray"
 
@@ -80,6 +85,7 @@ def train(
     runs.check(experiment, fresh=fresh)
     before = None if fresh else runs.read(runs.folder_of(experiment))
     if before is not None and before.status == "finished" and _is_complete(before, experiment, splits):
+        _send_rest(before)
         console.print(f"run {experiment.name} is complete already; --fresh starts it anew", highlight=False)
         return before
 
@@ -194,6 +200,18 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
+def _send_rest(run: Run) -> None:
+    """Send the metric values that the tracking server did not take when the run ended."""
+    from mimiclab.tracking.protocol import Row
+    from mimiclab.tracking.writer import MlflowTracker
+
+    file = run.folder / runs.UNSENT
+    if file.exists():
+        rows = [Row(*row) for row in json.loads(file.read_text())]
+        if not MlflowTracker(run.tracking, run.mlflow_run_id, rows).close(_SEND_TIMEOUT_S):
+            file.unlink()
+
+
 def _located(experiment: Experiment) -> Experiment:
     """The same experiment for a process in any folder of this machine: its data exists, its paths are absolute."""
     from mimiclab.data.splits import locate
@@ -215,8 +233,11 @@ def _announce(splits: Splits, console: Console) -> None:
     for name, split in (("train", splits.train), ("val", splits.val)):
         num_boxes = sum(len(record.boxes) for record in split.images)
         console.print(f"{name}: {len(split.images)} images, {num_boxes} boxes", highlight=False)
-        for text in (*split.left_out, *split.notes):
-            console.print(f"  left out: {text}" if text in split.left_out else f"  {text}", highlight=False)
+        lines = [*(f"left out: {text}" for text in split.left_out), *split.notes]
+        for text in lines[:MAX_NOTES]:
+            console.print(f"  {text}", highlight=False)
+        if len(lines) > MAX_NOTES:
+            console.print(f"  and {len(lines) - MAX_NOTES} more", highlight=False)
     console.print(f"classes: {', '.join(splits.train.classes)}", highlight=False)
 
 

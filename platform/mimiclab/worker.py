@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mimicdet.interface import Detector
 from mimiclab import checkpoint
 from mimiclab.build import build_detector
 from mimiclab.checkpoint import Checkpoint
@@ -30,13 +30,14 @@ from mimiclab.errors import UserError
 from mimiclab.evaluate import Evaluation, detections_of, evaluate
 from mimiclab.pictures import Panel, side_by_side
 from mimiclab.progress import ProgressWriter
-from mimiclab.runs import CHECKPOINTS, PICTURES, PROGRESS
+from mimiclab.runs import CHECKPOINTS, PICTURES, PROGRESS, UNSENT
 from mimiclab.schema import Experiment
 from mimiclab.tracking.protocol import Row, Tracker, as_key
 from mimiclab.tracking.writer import MlflowTracker
 
-# How long the end of a run waits for the tracking server, seconds.
+# How long the end of a run waits for the tracking server, seconds; shorter where an error waits to be told.
 CLOSE_TIMEOUT_S = 60.0
+FAILED_CLOSE_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,29 @@ def work(job: Job) -> None:
         sampler=range(engine.step, engine.num_steps),
         num_workers=experiment.data.loader_processes,
     )
+    try:
+        _train_to_end(loader, engine, experiment, splits, order, leader, rank=rank, world=world, device=device)
+    except BaseException:
+        if leader:  # what happened up to here is what a reader of the history looks for
+            leader.close(FAILED_CLOSE_TIMEOUT_S)
+        raise
+    if leader:
+        leader.finish()
+
+
+def _train_to_end(
+    loader: Iterable[Batch],
+    engine: Engine,
+    experiment: Experiment,
+    splits: Splits,
+    order: Order,
+    leader: _Leader | None,
+    *,
+    rank: int,
+    world: int,
+    device: torch.device,
+) -> None:
+    """Step through the batches; evaluate and save where they are due."""
     evaluations = _evaluation_steps(order, experiment)
     asked = time.perf_counter()
     for batch in loader:
@@ -103,19 +127,15 @@ def work(job: Job) -> None:
             leader.log_step(engine, means, seconds=now - asked, waited=started - asked)
         epoch = evaluations.get(engine.step)
         if epoch is not None:
-            evaluation = evaluate(detector, splits.val, experiment.data, experiment.eval, rank=rank, world=world)
+            evaluation = evaluate(engine.detector, splits.val, experiment.data, experiment.eval, rank=rank, world=world)
             if leader and evaluation:
                 leader.log_evaluation(engine, epoch, evaluation)
-            report = {"epoch": epoch, "step": engine.step, **(evaluation.metrics if evaluation else {})}
-            if leader:
-                leader.save(detector, engine)
+                leader.save(engine)
             # A barrier over all ranks, so at evaluations only; it feeds searches, not the checkpoint.
-            ray.train.report(report)
+            ray.train.report({"epoch": epoch, "step": engine.step, **(evaluation.metrics if evaluation else {})})
         elif leader and engine.step % experiment.checkpoint.every_steps == 0:
-            leader.save(detector, engine)
+            leader.save(engine)
         asked = time.perf_counter()
-    if leader:
-        leader.finish()
 
 
 class _Leader:
@@ -180,7 +200,7 @@ class _Leader:
             image.save(pictures / f"{name}.png")
         self._progress.write("evaluation", epoch=epoch, metrics=evaluation.metrics)
 
-    def save(self, detector: Detector, engine: Engine) -> None:
+    def save(self, engine: Engine) -> None:
         meta = {
             "step": engine.step,
             "classes": list(self._classes),
@@ -190,7 +210,7 @@ class _Leader:
             "unsent": [list(row) for row in self._tracker.unsent()],
             "experiment": self._experiment.model_dump(mode="json"),
         }
-        checkpoint.save(self._folder, detector.state_dict(), engine.state_dict(), meta)
+        checkpoint.save(self._folder, engine.detector.state_dict(), engine.state_dict(), meta)
         keep = [self._best["step"]] if self._best else []
         checkpoint.prune(self._folder, newest=engine.step, keep=self._experiment.checkpoint.keep, steps=keep)
 
@@ -198,12 +218,17 @@ class _Leader:
         best = self._folder / f"step-{self._best['step']:08d}" if self._best else None
         if best is not None:
             self._tracker.log_artifact(best / checkpoint.WEIGHTS, "weights")
-        left = self._tracker.close(CLOSE_TIMEOUT_S)
+        self.close(CLOSE_TIMEOUT_S)
+
+    def close(self, timeout_s: float) -> None:
+        """Send what is left; what the server does not take waits in the run's folder."""
+        left = self._tracker.close(timeout_s)
         if left:
+            (Path(self._job.folder) / UNSENT).write_text(json.dumps(left))
             self._progress.write(
                 "text",
-                text=f"warning: {len(left)} metric values did not reach {self._job.tracking}; they are in the "
-                "last checkpoint and are sent when the same command runs again",
+                text=f"warning: {len(left)} metric values did not reach {self._job.tracking}; they are sent when "
+                "the same command runs again",
             )
 
 

@@ -306,8 +306,13 @@ def test_predict_on_images_that_are_not_there(mistake):
 
 @pytest.mark.usefixtures("trainable")
 def test_evaluate_on_data_of_other_classes(mistake):
-    folder = runs.prepare(load_experiment("t.yaml").experiment, fresh=False)
+    from mimiclab import checkpoint
+
+    experiment = load_experiment("t.yaml").experiment
+    folder = runs.prepare(experiment, fresh=False)
     runs.Run(folder, "0", "sqlite:///mlflow.db", "0" * 32, ("cat", "cow"), "finished").write()
+    meta = {"step": 1, "classes": ["cat", "cow"], "best": None, "experiment": experiment.model_dump(mode="json")}
+    checkpoint.save(folder / runs.CHECKPOINTS, {}, {}, meta)
 
     assert mistake("evaluate", "small").endswith(
         "val.json has the classes ['cat', 'dog'], expected those that run small was trained for: ['cat', 'cow']"

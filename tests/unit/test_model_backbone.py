@@ -60,12 +60,15 @@ def test_channels_and_strides(name: str, width: int) -> None:
         assert feature.shape == (1, backbone.channels[level], 64 >> level, 96 >> level)
 
 
-def test_a_narrow_resnet_is_narrow_from_the_stem_on() -> None:
+def test_a_narrow_resnet_has_a_full_stem_and_narrow_stages() -> None:
     narrow, full = (Backbone(BackboneConfig(name="resnet18", width=width)) for width in (16, 64))
-    for ours, theirs in zip(narrow.parameters(), full.parameters(), strict=True):
-        # Every layer has a quarter of the channels on both sides; the image keeps its three.
-        expected = [side if side in (1, 3, 7) else side // 4 for side in theirs.shape]
-        assert list(ours.shape) == expected
+    stem, *stages = narrow.stages
+    assert [p.shape for p in stem.parameters()] == [p.shape for p in full.stages[0].parameters()]
+    for ours, theirs in zip(stages[1:], list(full.stages)[2:], strict=True):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            # Every layer has a quarter of the channels on both sides.
+            assert list(a.shape) == [side if side in (1, 3) else side // 4 for side in b.shape]
+    assert narrow.channels == {2: 16, 3: 32, 4: 64, 5: 128}
 
 
 def test_odd_sizes_are_rounded_up() -> None:

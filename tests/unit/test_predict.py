@@ -42,7 +42,8 @@ def make_run(root: Path, *overrides: str) -> Run:
     run.write()
     torch.manual_seed(0)
     state = build_detector(experiment.model, CLASSES).state_dict()
-    checkpoint.save(run.checkpoints, state, {}, {"step": 3, "classes": list(CLASSES), "best": None})
+    meta = {"step": 3, "classes": list(CLASSES), "best": None, "experiment": experiment.model_dump(mode="json")}
+    checkpoint.save(run.checkpoints, state, {}, meta)
     return run
 
 

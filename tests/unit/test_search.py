@@ -142,8 +142,11 @@ BAD_SPACES = {
         "\"$NOWHERE/a\" does not fit: model.weights: variable NOWHERE is unset or empty, found '$NOWHERE/a'",
     ),
     **{
-        key: (f"{{{key}: {{choice: [1]}}}}", f"search.space.{key}: name, search, scale, where and optim.epochs are the")
-        for key in ("name", "scale.workers", "where.storage", "optim.epochs", "search.trials")
+        key: (
+            f"{{{key}: {{choice: [1]}}}}",
+            f"search.space.{key}: name, scale, where, search, checkpoint, optim.epochs",
+        )
+        for key in ("name", "scale.workers", "where.storage", "optim.epochs", "checkpoint.keep", "search.trials")
     },
 }
 

@@ -103,7 +103,7 @@ def search(
             console.print(f"{config.trials} trials, {concurrent} at a time", highlight=False)
             tuning.run_trials(trials, config, folder, console, parent=parent, concurrent=concurrent, verbose=verbose)
         status = "FAILED" if all(trial.outcome == "failed" for trial in trials) else "FINISHED"
-    except (KeyboardInterrupt, SystemExit):  # Ray turns SIGTERM into the latter
+    except KeyboardInterrupt:
         status = "KILLED"
         console.print("stopped; --fresh starts the search anew")
         raise
@@ -159,10 +159,15 @@ def _write(folder: Path, name: str, text: str) -> Path:
 
 
 def _identity(experiment: Experiment) -> str:
-    """Hash what a search finds: 12 hex digits over all but where it runs and how many trials it has."""
-    free = ("scale.", "where.", "search.trials", "search.max_concurrent")
-    leaves = {key: value for key, value in flatten(experiment).items() if not key.startswith(free)}
-    return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:12]
+    """Hash what a search finds: 12 hex digits over what a run is, its epochs, and the search less its size."""
+    free = ("search.trials", "search.max_concurrent")
+    leaves = {
+        key: value
+        for key, value in flatten(experiment).items()
+        if key.startswith(("search.", "optim.epochs")) and key not in free
+    }
+    text = json.dumps([identity(experiment), leaves], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _settle(trials: Sequence[Trial], uri: str, parent: str) -> None:
@@ -217,8 +222,7 @@ def _conclude(
     best = ranking[0].best(config.mode)
     found = (ranking[0].name, config.metric, best[1]) if best else None
     searches.end_search(uri, parent, status, found, note(experiment, ranking))
-    table = ranking_table(ranking, config, f"{experiment.name}, the best first")
-    console.print(table, width=None if console.is_terminal else 200)
+    console.print(ranking_table(ranking, config, f"{experiment.name}, the best first"))
     for trial in ranking:
         if trial.error is not None:
             console.print(f"{trial.name} failed: {trial.error}", highlight=False, markup=False)

@@ -16,7 +16,7 @@ from mimiclab.search.trials import Trial
 def ranking_table(ranking: Sequence[Trial], config: SearchConfig, title: str) -> Table:
     """The trials of a search with their values, the best first."""
     # Many columns: no lines between them, and what does not fit is folded.
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 3, 0, 0))
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     table.add_column("trial")
     table.add_column("outcome")
     for column in _numbers(config):

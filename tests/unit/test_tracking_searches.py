@@ -1,0 +1,99 @@
+"""A search and its trials in a sqlite store, and the link to their comparison."""
+
+import json
+from pathlib import Path
+from urllib.parse import parse_qs
+
+import pytest
+
+from mimiclab.tracking import runs, searches, ui
+from mimiclab.tracking.client import connect
+from mimiclab.tracking.searches import PARENT_TAG
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('searches')}/mlflow.db"
+
+
+def open_search(uri: str, name: str, num_trials: int) -> tuple[str, list[str]]:
+    parent = searches.open_search(uri, "cells", name, "abc", {"search.trials": str(num_trials)}, "Looks for *lr*.")
+    tags = {PARENT_TAG: parent}
+    return parent, [runs.open_run(uri, "cells", f"{name}-{i}", "abc", {}, tags) for i in range(num_trials)]
+
+
+def links(uri: str, project: str | None) -> list[str]:
+    said: list[str] = []
+    ui._say_links(uri, "http://127.0.0.1:5000", project, said.append)
+    return said
+
+
+def test_the_newest_search_is_the_one_to_compare(uri: str) -> None:
+    assert searches.newest_search(uri, "cells") is None
+    runs.open_run(uri, "cells", "plain", "abc", {}, {})
+    assert searches.newest_search(uri, "cells") is None
+    assert len(links(uri, "cells")) == 1
+
+    open_search(uri, "first", 2)
+    _, trials = open_search(uri, "second", 3)
+    runs.open_run(uri, "cells", "plain again", "abc", {}, {})
+
+    found = searches.newest_search(uri, "cells")
+    assert found is not None
+    assert (found.name, found.trials) == ("second", trials)
+    assert searches.newest_search(uri, "others") is None
+    table, comparison = links(uri, "cells")
+    assert table.startswith("runs: http://127.0.0.1:5000/#/experiments/")
+    start, query = comparison.split("?")
+    assert start == "trials of second: http://127.0.0.1:5000/#/compare-runs"
+    assert '"' not in query
+    assert {key: json.loads(value) for key, [value] in parse_qs(query).items()} == {
+        "runs": trials,
+        "experiments": [found.experiment_id],
+    }
+
+
+def test_a_search_without_trials_has_nothing_to_compare(uri: str) -> None:
+    open_search(uri, "begun", 0)
+
+    assert len(links(uri, "cells")) == 1
+    assert links(uri, None) == ["runs: http://127.0.0.1:5000"]
+
+
+def test_the_end_of_a_trial_is_told_in_full(uri: str) -> None:
+    _, (trial, other) = open_search(uri, "ended", 2)
+    values = {"optim.lr": 0.1, "seed": 3, "model.mimic.detach_teacher": True, "optim.name": "sgd", "x": None}
+
+    searches.end_trial(uri, trial, "pruned", "KILLED", values, None)
+    searches.end_trial(uri, other, "failed", "FAILED", {}, "out of memory")
+
+    run, failed = (connect(uri).get_run(run_id) for run_id in (trial, other))
+    assert (run.info.status, failed.info.status) == ("KILLED", "FAILED")
+    assert run.data.metrics == {"optim.lr": 0.1, "seed": 3}
+    assert (run.data.tags["trial.outcome"], failed.data.tags["trial.outcome"]) == ("pruned", "failed")
+    assert "trial.error" not in run.data.tags
+    assert failed.data.tags["trial.error"] == "out of memory"
+
+
+def test_the_end_of_a_search_tells_the_best_trial(uri: str) -> None:
+    parent, _ = open_search(uri, "done", 0)
+    assert connect(uri).get_run(parent).data.tags["mlflow.note.content"] == "Looks for *lr*."
+
+    searches.end_search(uri, parent, "FINISHED", ("trial-03", "student/AP", 0.5), "Found *lr*.")
+
+    run = connect(uri).get_run(parent)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {"best/student/AP": 0.5}
+    assert run.data.tags["search.best_trial"] == "trial-03"
+    assert run.data.tags["mlflow.note.content"] == "Found *lr*."
+
+
+def test_a_search_in_which_nothing_was_evaluated_has_no_best_trial(uri: str) -> None:
+    parent, _ = open_search(uri, "empty", 0)
+
+    searches.end_search(uri, parent, "KILLED", None, "")
+
+    run = connect(uri).get_run(parent)
+    assert run.info.status == "KILLED"
+    assert "search.best_trial" not in run.data.tags
+    assert run.data.metrics == {}
