@@ -108,6 +108,7 @@ class CheckpointConfig(_Section):
     """How often the state of a run is written, and how much of it is kept."""
 
     every_steps: PositiveInt = 50
+    """Besides the end of every epoch."""
     keep: PositiveInt = 2
     """How many of the newest checkpoints are kept."""
 

@@ -117,7 +117,8 @@ def _train_to_end(
     device: torch.device,
 ) -> None:
     """Step through the batches; evaluate and save where they are due."""
-    evaluations = _evaluation_steps(order, experiment)
+    epoch_ends = {order.epoch_end_step(epoch): epoch for epoch in range(1, experiment.optim.epochs + 1)}
+    every_epochs, every_steps = experiment.eval.every_epochs, experiment.checkpoint.every_steps
     asked = time.perf_counter()
     for batch in loader:
         started = time.perf_counter()
@@ -125,15 +126,15 @@ def _train_to_end(
         now = time.perf_counter()
         if leader:
             leader.log_step(engine, means, seconds=now - asked, waited=started - asked)
-        epoch = evaluations.get(engine.step)
-        if epoch is not None:
+        epoch = epoch_ends.get(engine.step)
+        if epoch is not None and (epoch % every_epochs == 0 or epoch == experiment.optim.epochs):
             evaluation = evaluate(engine.detector, splits.val, experiment.data, experiment.eval, rank=rank, world=world)
             if leader and evaluation:
                 leader.log_evaluation(engine, epoch, evaluation)
                 leader.save(engine)
             # A barrier over all ranks, so at evaluations only; it feeds searches, not the checkpoint.
             ray.train.report({"epoch": epoch, "step": engine.step, **(evaluation.metrics if evaluation else {})})
-        elif leader and engine.step % experiment.checkpoint.every_steps == 0:
+        elif leader and (epoch is not None or engine.step % every_steps == 0):
             leader.save(engine)
         asked = time.perf_counter()
 
@@ -249,13 +250,6 @@ def validation_pictures(dataset: CocoDataset, evaluation: Evaluation, num: int) 
 def _key(metric: str) -> str:
     """A metric's name as a key of the tracker; a class name in it may hold any character, a slash too."""
     return "/".join(as_key(part) for part in metric.split("/", 2))
-
-
-def _evaluation_steps(order: Order, experiment: Experiment) -> dict[int, int]:
-    """Epoch that ends at each step after which the run is evaluated."""
-    epochs = experiment.optim.epochs
-    wanted = {*range(experiment.eval.every_epochs, epochs + 1, experiment.eval.every_epochs), epochs}
-    return {order.epoch_end_step(epoch): epoch for epoch in sorted(wanted)}
 
 
 def _check_resumable(newest: Checkpoint, splits: Splits) -> None:

@@ -1,7 +1,6 @@
 """A search and its trials in a sqlite store, and the link to their comparison."""
 
 import json
-from pathlib import Path
 from urllib.parse import parse_qs
 
 import pytest
@@ -79,11 +78,11 @@ def test_the_end_of_a_search_tells_the_best_trial(uri: str) -> None:
     parent, _ = open_search(uri, "done", 0)
     assert connect(uri).get_run(parent).data.tags["mlflow.note.content"] == "Looks for *lr*."
 
-    searches.end_search(uri, parent, "FINISHED", ("trial-03", "student/AP", 0.5), "Found *lr*.")
+    searches.end_search(uri, parent, "FINISHED", ("trial-03", "student/AP/50 % / &", 0.5), "Found *lr*.")
 
     run = connect(uri).get_run(parent)
     assert run.info.status == "FINISHED"
-    assert run.data.metrics == {"best/student/AP": 0.5}
+    assert run.data.metrics == {"best/student/AP/50 _ _ _": 0.5}
     assert run.data.tags["search.best_trial"] == "trial-03"
     assert run.data.tags["mlflow.note.content"] == "Found *lr*."
 

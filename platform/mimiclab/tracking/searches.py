@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from mimiclab.tracking.client import connect
+from mimiclab.tracking.protocol import as_key
 from mimiclab.tracking.runs import open_run
 
 PARENT_TAG = "mlflow.parentRunId"
@@ -46,7 +47,8 @@ def end_search(uri: str, run_id: str, status: Status, best: tuple[str, str, floa
     if best is not None:
         name, metric, value = best
         client.set_tag(run_id, _BEST_TAG, name)
-        client.log_metric(run_id, f"best/{metric}", value)
+        # A class name in a metric may hold any character.
+        client.log_metric(run_id, "/".join(["best", *map(as_key, metric.split("/", 2))]), value)
     client.set_terminated(run_id, status=status)
 
 
