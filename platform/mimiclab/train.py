@@ -102,26 +102,20 @@ def train(
             params={key: str(value) for key, value in flatten(experiment).items()},
             tags={"mimiclab.classes": ", ".join(splits.train.classes), **(tags or {})},
         )
-        tracking.log_text(uri, mlflow_run_id, resolved_yaml(experiment))
-        for context, split in (("train", splits.train), ("val", splits.val)):
-            tracking.log_dataset_input(
-                uri,
-                mlflow_run_id,
-                f"{split.annotations.stem}",
-                content_hash(split),
-                str(split.annotations),
-                context,
-            )
         run = Run(folder, identity(experiment), uri, mlflow_run_id, splits.train.classes, "running")
-        run.write()
-        job = {
-            "experiment": located.model_dump_json(),
-            "folder": str(folder),
-            "tracking": uri,
-            "mlflow_run_id": mlflow_run_id,
-        }
         status: runs.Status = "failed"
         try:
+            run.write()
+            tracking.log_text(uri, mlflow_run_id, resolved_yaml(experiment))
+            for context, split in (("train", splits.train), ("val", splits.val)):
+                file = split.annotations
+                tracking.log_dataset_input(uri, mlflow_run_id, file.stem, content_hash(split), str(file), context)
+            job = {
+                "experiment": located.model_dump_json(),
+                "folder": str(folder),
+                "tracking": uri,
+                "mlflow_run_id": mlflow_run_id,
+            }
             _fit(job, experiment, run, console, callbacks)
             status = "finished"
         except KeyboardInterrupt:

@@ -278,6 +278,14 @@ def test_what_a_file_leaves_out_follows_the_values_of_the_trial():
     assert {(b.weights, b.norm) for b in backbones} == {(None, "group_norm"), ("/w$/a.safetensors", "frozen_bn")}
 
 
+def test_the_variables_of_a_file_are_filled_in_once_for_each_trial():
+    (one,) = plan(
+        load(PLAIN + SPACE + "where: {storage: $FOLDER/runs}\n", "search.trials=1", environ={"FOLDER": "/w$"})
+    )
+
+    assert one.experiment.where.storage == "/w$/runs"
+
+
 def test_values_that_do_not_fit_together_name_their_trial():
     space = "{model.pyramid.stagger: {choice: [1, 0]}, model.pyramid.min_level: {choice: [3, 2]}}"
     text = PLAIN + f"model: {{pyramid: {{stagger: 0}}}}\nsearch: {{trials: 30, space: {space}}}\n"
@@ -305,6 +313,7 @@ def test_a_search_needs_its_section():
         ("{workers: 1, gpu: true, threads: 32}", {"CPU": 64.0, "GPU": 8.0}, "auto", 2),
         ("{workers: 1}", {"CPU": 4.0}, "1", 1),
         ("{workers: 2}", {"CPU": 4.0}, "3", 2),
+        ("{workers: 1}", {"CPU": 9.0}, "9", 3),
     ],
 )
 def test_as_many_trials_run_at_a_time_as_the_cluster_holds(scale, cluster, most, expected):
@@ -327,7 +336,7 @@ def some_trials():
 
 def test_trials_rank_by_their_best_evaluation():
     a, b, c = some_trials()
-    b.evaluations.append((2, float("nan")))
+    b.evaluations.insert(0, (0, float("nan")))
 
     assert ranked([c, b, a], "max") == [a, b, c]
     assert ranked([c, b, a], "min") == [a, b, c]
