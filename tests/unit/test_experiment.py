@@ -455,8 +455,10 @@ def test_resolved_copy_loads_to_the_same_experiment(make):
 
 @pytest.mark.parametrize(
     "override",
-    ["scale.workers=3", "scale.gpu=true", "where.storage=/s", "where.project=p", "optim.epochs=99", "checkpoint.keep=9"]
-    + ["data.loader_processes=3", "eval.num_pictures=0"],
+    [
+        *("scale.workers=3", "scale.gpu=true", "where.storage=/s", "where.project=p", "optim.epochs=99"),
+        *("checkpoint.keep=9", "data.loader_processes=3", "eval.num_pictures=0"),
+    ],
 )
 def test_identity_is_that_of_the_run_however_it_is_run(override):
     a, b = load(SMALL).experiment, load(SMALL, override).experiment
