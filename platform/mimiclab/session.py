@@ -31,10 +31,17 @@ _CONNECT_TIMEOUT_S = 5.0
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None, scale: ScaleConfig, *, verbose: bool) -> Iterator[None]:
+def ray_session(address: str | None, scale: ScaleConfig, *, verbose: bool, state_api: bool = False) -> Iterator[None]:
     """Connect to the cluster at `address` (or $RAY_ADDRESS), else start one on this machine and stop it again.
 
     A connection that exists already is used and left alone.
+
+    Args:
+        address: of the head node.
+        scale: what has to fit.
+        verbose: let Ray talk.
+        state_api: a cluster made here also has Ray's dashboard, on loopback, which takes seconds to start. What
+            cleans up after a trial that was stopped asks it; without, the trial's CPUs are never given back.
 
     Raises:
         UserError: no cluster answers at the address, or the cluster cannot ever hold `scale`.
@@ -54,7 +61,7 @@ def ray_session(address: str | None, scale: ScaleConfig, *, verbose: bool) -> It
             if address:
                 ray.init(address=address, log_to_driver=verbose, logging_level=level)
             else:
-                ray.init(address="local", include_dashboard=False, log_to_driver=verbose, logging_level=level)
+                ray.init(address="local", include_dashboard=state_api, log_to_driver=verbose, logging_level=level)
         except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
             if not address:
                 raise

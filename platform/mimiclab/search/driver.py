@@ -82,7 +82,7 @@ def search(
     parent = None
     status: searches.Status = "FAILED"
     try:
-        with ray_session(address, experiment.scale, verbose=verbose):
+        with ray_session(address, experiment.scale, verbose=verbose, state_api=True):
             import ray
 
             from mimiclab.search import tuning
