@@ -13,7 +13,6 @@ def ray_cluster() -> Iterator[None]:
     os.environ.update(ENVIRONMENT)
     import ray
 
-    # The dashboard is what cleans up after stopped trials asks; a search starts its own clusters with it too.
-    ray.init(address="local", num_cpus=4, include_dashboard=True, log_to_driver=False, logging_level="error")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield
     ray.shutdown()

@@ -11,7 +11,6 @@ from urllib.parse import unquote
 
 import psutil
 import pytest
-import ray
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from rich.console import Console
@@ -136,13 +135,6 @@ def test_a_pruned_trial_has_its_whole_history(ranking: list[Trial], client: Mlfl
     assert losses[:5] == [1, 2, 3, 4, 5]
     assert len(losses) == len(set(losses))
     assert [m.step for m in client.get_metric_history(pruned, "student/AP")] == [5]
-
-
-def test_a_pruned_trial_gives_its_processors_back(ranking: list[Trial]) -> None:
-    deadline = time.monotonic() + 60
-    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
-        assert time.monotonic() < deadline, "the CPUs of the pruned trial are still reserved"
-        time.sleep(1)
 
 
 def test_the_folders_of_the_trials_say_how_they_ended(ranking: list[Trial]) -> None:
