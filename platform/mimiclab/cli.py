@@ -139,7 +139,7 @@ def search(
     from mimiclab.search import driver
 
     loaded = load_experiment(experiment, overrides or ())
-    driver.search(loaded, console=Console(soft_wrap=True), address=address, fresh=fresh, verbose=verbose)
+    driver.search(loaded, console=Console(soft_wrap=True, markup=False), address=address, fresh=fresh, verbose=verbose)
 
 
 @app.command()

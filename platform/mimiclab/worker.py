@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -38,6 +39,8 @@ from mimiclab.tracking.writer import MlflowTracker
 # How long the end of a run waits for the tracking server, seconds; shorter where an error waits to be told.
 CLOSE_TIMEOUT_S = 60.0
 FAILED_CLOSE_TIMEOUT_S = 10.0
+PLACEMENT_GROUP = "placement_group"
+"""In every report: the hex id of what Ray reserved for the workers."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +136,19 @@ def _train_to_end(
                 leader.log_evaluation(engine, epoch, evaluation)
                 leader.save(engine)
             # A barrier over all ranks, so at evaluations only; it feeds searches, not the checkpoint.
-            ray.train.report({"epoch": epoch, "step": engine.step, **(evaluation.metrics if evaluation else {})})
+            reached = {"epoch": epoch, "step": engine.step, PLACEMENT_GROUP: _placement_group()}
+            ray.train.report({**reached, **(evaluation.metrics if evaluation else {})})
         elif leader and (epoch is not None or engine.step % every_steps == 0):
             leader.save(engine)
         asked = time.perf_counter()
+
+
+def _placement_group() -> str | None:
+    """Hex id of what Ray reserved for the workers; None in local mode."""
+    if not ray.is_initialized():
+        return None
+    group = ray.util.get_current_placement_group()
+    return group.id.hex() if group else None
 
 
 class _Leader:

@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 import psutil
 import pytest
+import ray
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from rich.console import Console
@@ -135,6 +136,14 @@ def test_a_pruned_trial_has_its_whole_history(ranking: list[Trial], client: Mlfl
     assert losses[:5] == [1, 2, 3, 4, 5]
     assert len(losses) == len(set(losses))
     assert [m.step for m in client.get_metric_history(pruned, "student/AP")] == [5]
+
+
+def test_a_pruned_trial_gives_its_processors_back(ranking: list[Trial]) -> None:
+    """Ray keeps them for the life of the job: a cluster that others use too would fill up with pruned trials."""
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, ray.util.placement_group_table()
+        time.sleep(0.5)
 
 
 def test_the_folders_of_the_trials_say_how_they_ended(ranking: list[Trial]) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray import tune
+from ray import PlacementGroupID, tune
 from ray.tune.error import TuneError
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.util.placement_group import PlacementGroup
 from rich.console import Console
 
 from mimiclab.errors import UserError
@@ -23,6 +24,7 @@ from mimiclab.search.results import show
 from mimiclab.search.trials import Trial
 from mimiclab.tracking.searches import PARENT_TAG
 from mimiclab.train import train
+from mimiclab.worker import PLACEMENT_GROUP
 
 ENVIRONMENT = {
     # MLflow holds the curves; nobody reads Tune's CSV and TensorBoard files.
@@ -167,6 +169,8 @@ class _Watch(tune.Callback):  # type: ignore[misc]
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: object) -> None:
         own = self._own(trial)
         own.outcome = "finished" if own.epochs >= self._epochs else "pruned"
+        if own.outcome == "pruned":
+            _give_back(trial.last_result)
         self._say(own, own.outcome if own.outcome == "finished" else f"pruned after epoch {own.epochs}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: object) -> None:
@@ -180,6 +184,12 @@ class _Watch(tune.Callback):  # type: ignore[misc]
 
     def _say(self, trial: Trial, text: str) -> None:
         self._console.print(f"{trial.name}  {text}", highlight=False, markup=False)
+
+
+def _give_back(result: Mapping[str, Any]) -> None:
+    """Free what a trial's workers had reserved: Tune kills their controller, which would have done it."""
+    if group := result.get(PLACEMENT_GROUP):
+        ray.util.remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
 
 
 def _unknown_metric(metric: str, result: Mapping[str, Any]) -> str:
