@@ -206,7 +206,10 @@ def test_a_metric_that_no_evaluation_reports(root: Path, client: MlflowClient, r
         search(load(root, "name=misnamed", "search.metric=student/ap", "search.trials=1"), console=console)
     (parent,) = client.search_runs(["1"], "attributes.run_name = 'misnamed'")
     (child,) = client.search_runs(["1"], "attributes.run_name = 'misnamed-trial-00'")
-    assert (parent.info.status, child.info.status) == ("FAILED", "KILLED")
+    assert parent.info.status == "FAILED"
+    # On a connection that goes on, the trial's process may live to say that it failed.
+    assert child.info.status in ("KILLED", "FAILED")
+    assert child.data.tags["trial.outcome"] == "killed"
 
 
 def test_ctrl_c_stops_a_search_cleanly(root: Path) -> None:
