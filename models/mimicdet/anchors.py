@@ -93,6 +93,11 @@ def decode(deltas: Tensor, anchors: Tensor, std: Sequence[float] = (1, 1, 1, 1))
     return torch.cat([center - half, center + half], -1)
 
 
+def full_precision(x: Tensor) -> Tensor:
+    """Leave autocast's half precisions: boxes, offsets and losses are computed in fp32, or fp64 for a fp64 model."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def clip(boxes: Tensor, height: Tensor | float, width: Tensor | float) -> Tensor:
     """Clip boxes (.., 4) to an image; sides keep at least 1e-3 px so that they can be encoded against."""
     boxes = boxes.nan_to_num()  # RoIAlign reads out of bounds at NaN; the losses tell that weights are broken

@@ -35,11 +35,11 @@ def assign_anchors(
 ) -> Assignment:
     """Assign anchors to ground truths by level and centre region.
 
-    A ground truth belongs to the one level whose anchors' side a satisfies a <= sqrt(area) < 2 a, the lowest
-    level taking all smaller and the highest all larger ones. On that level an anchor is positive if its centre
-    lies in the box shrunk to `center_ratio` per side about its centre; of several boxes the smallest wins. A
-    box without any centre in its region takes the nearest anchor of its level. Centres in the ring out to
-    `ignore_ratio`, and centres in crowd regions, are ignored unless positive.
+    A ground truth belongs to the one level whose bounds b satisfy b_low <= sqrt(area) < b_high, the lowest level
+    taking all smaller and the highest all larger ones; see `scale_bounds`. On that level an anchor is positive if
+    its centre lies in the box shrunk to `center_ratio` per side about its centre; of several boxes the smallest
+    wins. With `forced_assignment` a box without any centre in its region takes the nearest anchor of its level.
+    Centres in the ring out to `ignore_ratio`, and centres in crowd regions, are ignored unless positive.
 
     Args:
         grid: P positions.
@@ -58,9 +58,8 @@ def assign_anchors(
 
     size = boxes[:, 2:] - boxes[:, :2]
     area = size.prod(1)
-    smallest_side = scale * 2.0 ** grid.levels[0]
-    octave = (area.sqrt() / smallest_side).clamp(min=1e-6).log2().floor().long()
-    level = octave.clamp(0, len(grid.levels) - 1)
+    bounds = config.scale_bounds or [scale * 2.0 ** (level + 1) for level in grid.levels[:-1]]
+    level = torch.bucketize(area.sqrt(), area.new_tensor(bounds), right=True)
 
     distance = (centers[:, None] - (boxes[:, :2] + boxes[:, 2:])[None] / 2).abs()  # (P, M, 2)
     same_level = candidates[:, None] & (grid.level[:, None] == level) & ~iscrowd
@@ -69,10 +68,11 @@ def assign_anchors(
         return (distance <= size * (ratio / 2)).all(-1)
 
     region = within(config.center_ratio) & same_level
-    # Euclidean distance, with the candidates of other levels out of reach; argmin takes the first of equals.
-    reach = distance.square().sum(-1).masked_fill(~same_level, torch.inf)
-    lonely = ~region.any(0) & ~iscrowd & same_level.any(0)
-    region[reach.argmin(0)[lonely], lonely.nonzero().flatten()] = True
+    if config.forced_assignment:
+        # Euclidean distance, with the candidates of other levels out of reach; argmin takes the first of equals.
+        reach = distance.square().sum(-1).masked_fill(~same_level, torch.inf)
+        lonely = ~region.any(0) & ~iscrowd & same_level.any(0)
+        region[reach.argmin(0)[lonely], lonely.nonzero().flatten()] = True
 
     claim = area[None].expand(num, -1).masked_fill(~region, torch.inf)
     matched = claim.argmin(1)

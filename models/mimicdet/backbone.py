@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -12,30 +13,49 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
 from mimicdet.config import BackboneConfig
-from mimicdet.weights import load_matching
+from mimicdet.weights import LoadReport, load_matching, load_tensors
 
 C_LEVELS = (2, 3, 4, 5)
+# What a classifier is called in torchvision's networks; it has no place in a detector.
+CLASSIFIER = ("fc.", "classifier.")
 
 
 class Backbone(nn.Module):
     """Maps images (N, 3, H, W) to {2: C2, 3: C3, 4: C4, 5: C5}, C_L of stride 2^L.
 
     Stages, not layers, are the unit of freezing: `stages[0]` is the stem, `stages[i]` ends in C_{i+1}.
+
+    Attributes:
+        channels: {L: number of channels of C_L}.
+        report: what loading `config.weights` did; None where nothing was loaded.
     """
 
     def __init__(self, config: BackboneConfig, *, pretrained: bool = True) -> None:
-        """Build `config.name`; `pretrained` False leaves `config.weights` unread, for a state that replaces them."""
+        """Build `config.name`; `pretrained` False leaves `config.weights` unread, for a state that replaces them.
+
+        Raises:
+            ValueError: the weights cannot be read, are of another network, or cannot be downloaded.
+        """
         super().__init__()
-        norm = FrozenBatchNorm2d if config.norm == "frozen_bn" else group_norm
+        norm = _NORMS[config.norm or "group_norm"]
         build = _mobilenet if config.name == "mobilenet_v2" else _resnet
         net, stages, channels = build(config, norm)
+        self.report: LoadReport | None = None
         if config.weights is not None and pretrained:
             # Under torchvision's own names, before the parts are put into stages.
-            load_matching(net, config.weights, ignore=("fc.", "classifier."))
+            self.report = _load(net, config.name, config.weights)
         self.stages = nn.ModuleList(stages)
         self.channels = dict(zip(C_LEVELS, channels, strict=True))
-        for stage in stages[: config.frozen_stages]:
+        self._num_frozen = config.frozen_stages or 0
+        for stage in stages[: self._num_frozen]:
             stage.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Switch to training; frozen stages stay as they are, so that their norms learn no statistics either."""
+        super().train(mode)
+        for stage in list(self.stages)[: self._num_frozen]:
+            stage.eval()
+        return self
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
         """Compute C2..C5 of images (N, 3, H, W)."""
@@ -47,9 +67,35 @@ class Backbone(nn.Module):
         return features
 
 
+def is_published_name(weights: str) -> bool:
+    """Whether `weights` names something that torchvision publishes, as IMAGENET1K_V2, rather than a file."""
+    return re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", weights) is not None
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
     """Normalise in groups of 8 channels, at most 32 groups (Wu and He 2018: 32 groups at 256 channels)."""
     return nn.GroupNorm(math.gcd(min(32, max(1, channels // 8)), channels), channels)
+
+
+_NORMS: dict[str, Callable[..., nn.Module]] = {
+    "frozen_bn": FrozenBatchNorm2d,
+    "sync_bn": nn.SyncBatchNorm,
+    "group_norm": group_norm,
+}
+
+
+def _load(net: nn.Module, name: str, weights: str) -> LoadReport:
+    if not is_published_name(weights):
+        return load_matching(net, weights, ignore=CLASSIFIER)
+    published = torchvision.models.get_model_weights(name)
+    if weights not in published.__members__:
+        known = ", ".join(published.__members__)
+        raise ValueError(f"weights {weights}: torchvision publishes no such weights of {name}, expected one of {known}")
+    try:
+        tensors = published[weights].get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except OSError as error:
+        raise ValueError(f"weights {weights} of {name} cannot be downloaded: {error}") from None
+    return load_tensors(net, tensors, f"weights {weights}", ignore=CLASSIFIER)
 
 
 class _NarrowResNet(ResNet):  # type: ignore[misc]  # torchvision ships no types
@@ -72,15 +118,12 @@ class _NarrowResNet(ResNet):  # type: ignore[misc]  # torchvision ships no types
 
 
 def _resnet(config: BackboneConfig, norm: Callable[..., nn.Module]) -> tuple[nn.Module, list[nn.Module], list[int]]:
-    if config.name == "resnet50":
-        net = torchvision.models.resnet50(norm_layer=norm)
-        channels = [256, 512, 1024, 2048]
-    elif config.width != 64:
+    if config.width != 64:
         net = _NarrowResNet([2, 2, 2, 2], config.width, norm)
-        channels = [config.width * scale for scale in (1, 2, 4, 8)]
     else:
-        net = torchvision.models.resnet18(norm_layer=norm)
-        channels = [64, 128, 256, 512]
+        net = torchvision.models.get_model(config.name, norm_layer=norm)
+    expansion = 1 if config.name in ("resnet18", "resnet34") else 4
+    channels = [config.width * expansion * scale for scale in (1, 2, 4, 8)]
     del net.fc
     stem = nn.Sequential(net.conv1, net.bn1, net.relu)
     # The pooling belongs to C2's stride; it has no weights, so that freezing treats it alike on either side.

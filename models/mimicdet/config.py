@@ -7,6 +7,7 @@ Sources are given as in the reading record of the paper (arXiv 2009.11528): (pap
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 # Read by pydantic when a schema embeds these classes; this package itself never imports it.
@@ -24,12 +25,16 @@ class BackboneConfig:
 
     __pydantic_config__: ClassVar[dict[str, object]] = _STRICT
 
-    name: Literal["resnet18", "resnet50", "mobilenet_v2"] = "resnet50"
+    name: Literal[
+        "resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d", "mobilenet_v2"
+    ] = "resnet50"
+    """(paper: ResNet-50, ResNet-101 and a ResNeXt-101, of which it is not known which one)"""
     weights: str | None = None
-    """Path of a safetensors file with torchvision's keys; None starts at random."""
-    norm: Literal["frozen_bn", "group_norm"] | None = None
-    """frozen_bn keeps the statistics that came with the weights; group_norm is for a random start. None chooses
-    by whether there are weights. (chosen)"""
+    """Path of a file with torchvision's keys (.safetensors, or .pth as torchvision publishes them), or the name
+    of weights that torchvision is to download, such as IMAGENET1K_V2; None starts at random."""
+    norm: Literal["frozen_bn", "sync_bn", "group_norm"] | None = None
+    """frozen_bn keeps the statistics that came with the weights; sync_bn goes on learning them over all GPUs;
+    group_norm is for a random start. None chooses by whether there are weights. (chosen)"""
     frozen_stages: int | None = None
     """How many stages keep their weights, the stem being the first. None is 2 with weights (stem and C2, as
     Faster R-CNN) and 0 without. (chosen)"""
@@ -45,8 +50,8 @@ class BackboneConfig:
         assert self.frozen_stages is not None
         _require(0 <= self.frozen_stages <= 5, f"frozen_stages must be 0 to 5, found {self.frozen_stages}")
         _require(
-            self.weights is not None or (self.norm == "group_norm" and self.frozen_stages == 0),
-            "a backbone without weights starts at random: it needs norm group_norm and "
+            self.weights is not None or (self.norm != "frozen_bn" and self.frozen_stages == 0),
+            "a backbone without weights starts at random: it needs norm group_norm (or sync_bn) and "
             f"frozen_stages 0, found norm {self.norm} and frozen_stages {self.frozen_stages}",
         )
         _require(
@@ -64,8 +69,10 @@ class PyramidConfig:
 
     channels: int = 256
     min_level: int = 3
+    """Lowest level that refinement and student read. (paper: 3)"""
     max_level: int = 7
     stagger: int = 1
+    """Levels between an anchor and where the teacher pools it. (paper: 1; 0 is its ablation)"""
     extra_from: Literal["c5", "p5"] = "p5"
     """Where P6 and P7 start from. (chosen)"""
 
@@ -77,10 +84,8 @@ class PyramidConfig:
             f"min_level - stagger must be at least 2 (the lowest level a backbone gives), found "
             f"{self.min_level} - {self.stagger}",
         )
-        _require(
-            max(5, self.min_level) <= self.max_level <= 7,
-            f"max_level must be 5, 6 or 7 and not below min_level, found {self.max_level}",
-        )
+        _require(self.min_level <= 5, f"min_level must be 2 to 5, found {self.min_level}")
+        _require(5 <= self.max_level <= 7, f"max_level must be 5, 6 or 7, found {self.max_level}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,16 +106,33 @@ class RefinementConfig:
 
     __pydantic_config__: ClassVar[dict[str, object]] = _STRICT
 
+    width: int | None = None
+    """Channels of the hidden 3x3 convolution; None is the pyramid's. (chosen)"""
+    scale_bounds: tuple[float, ...] | None = None
+    """Sides sqrt(area), in pixels, at which ground truth moves to the next level: one bound fewer than levels.
+    None is twice each level's anchor, so an anchor of side a answers for sides from a to 2 a. (chosen)"""
     center_ratio: float = 0.3
     """An anchor is positive if its centre lies in the box shrunk to this share per side. (paper: 0.3)"""
     ignore_ratio: float = 0.3
     """Centres between center_ratio and this share are neither positive nor negative; equal means no ring. (chosen)"""
+    forced_assignment: bool = True
+    """A box without any centre in its region takes the nearest anchor of its level; else it is not learned.
+    (chosen)"""
+    loss: Literal["sampled", "focal"] = "sampled"
+    """sampled is binary cross-entropy over `num_samples` anchors; focal is the focal loss (Lin et al. 2017, alpha
+    0.25, gamma 2) over all anchors, divided by the number of positives. (chosen)"""
     num_samples: int = 256
     positive_fraction: float = 0.5
     """At most this share of the samples is positive; negatives fill the rest. (chosen)"""
+    box_std: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    """What the deltas are divided by. (chosen)"""
+    detach_boxes: bool = True
+    """No gradient through the refined boxes into the refinement module. (chosen)"""
     nms_iou: float = 0.8
     num_proposals: int = 2000
     """Proposals per training image after NMS. (paper: 0.8 and 2000)"""
+    nms_per_level: bool = False
+    """Run the NMS on each level by itself instead of over all together. (chosen)"""
     pre_nms_topk: int = 4000
     """Best anchors by objectness that enter the NMS; bounds its time. (chosen)"""
     loss_weight: float = 1.0
@@ -130,6 +152,13 @@ class RefinementConfig:
             min(self.num_samples, self.num_proposals, self.pre_nms_topk) > 0,
             "num_samples, num_proposals and pre_nms_topk must be positive",
         )
+        _require(self.width is None or self.width > 0, f"width must be positive or null, found {self.width}")
+        _require(min(self.box_std) > 0, f"box_std must be positive, found {self.box_std}")
+        bounds = self.scale_bounds or ()
+        _require(
+            all(0 < low < high for low, high in pairwise((0.5 * min(bounds, default=1), *bounds))),
+            f"scale_bounds must be positive and rise, found {self.scale_bounds}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,16 +173,20 @@ class StudentConfig:
     """Hidden widths of the micro-network. (paper)"""
     offsets: Literal["learned", "analytic", "analytic_learned", "none"] = "learned"
     """learned is the paper's; analytic spans the refined box; analytic_learned adds a learned residual. (chosen)"""
-    kernel_sizes: tuple[int, int] = (3, 5)
-    """Taps per side on the lowest level and on all others. (paper)"""
+    kernel_sizes: tuple[int, ...] = (3, 5)
+    """Taps per side from the lowest level up; the last one serves all levels above. (paper: 3, then 5) Each entry
+    has a micro-network and a convolution of its own. (chosen)"""
     detach_offsets: bool = True
     """No gradient through the micro-network's input into the refinement module. (chosen)"""
     box_std: tuple[float, float, float, float] = (0.1, 0.1, 0.2, 0.2)
     iou_threshold: float = 0.5
     num_samples: int = 128
     """Hard-mined boxes per image. (paper)"""
-    mining: Literal["sum", "cls"] = "sum"
-    """Loss that ranks boxes for mining: classification + box, or classification alone. (chosen)"""
+    mining: Literal["sum", "cls", "random"] = "sum"
+    """Loss that ranks boxes for mining: classification + box, or classification alone (chosen); random is the
+    control, no mining at all."""
+    mining_pool: int | None = None
+    """How many proposals, best by objectness, enter the mining; None is all of them. (chosen)"""
     positive_fraction: float | None = 0.25
     """Share of mined boxes kept for positives, each part mined by itself; None mines over all. (chosen)"""
     loss_weight: float = 1.0
@@ -161,12 +194,16 @@ class StudentConfig:
     def __post_init__(self) -> None:
         _require(self.loss_weight >= 0, f"loss_weight must be 0 or more, found {self.loss_weight}")
         _require(
-            all(k % 2 == 1 and k >= 3 for k in self.kernel_sizes),
+            len(self.kernel_sizes) > 0 and all(k % 2 == 1 and k >= 3 for k in self.kernel_sizes),
             f"kernel_sizes must be odd, 3 or more, found {self.kernel_sizes}",
         )
         _require(
             min(self.head_width, self.num_samples, *self.offset_channels) > 0,
             "widths and num_samples must be positive",
+        )
+        _require(
+            self.mining_pool is None or self.mining_pool >= self.num_samples,
+            f"mining_pool must hold num_samples {self.num_samples} boxes, found {self.mining_pool}",
         )
         _require(0 < self.iou_threshold < 1, f"iou_threshold must be in (0, 1), found {self.iou_threshold}")
         _require(
@@ -182,8 +219,10 @@ class TeacherConfig:
 
     __pydantic_config__: ClassVar[dict[str, object]] = _STRICT
 
+    enabled: bool = True
+    """False trains the student alone: no second head, no mimicking, no level below the student's lowest."""
     num_rois: int = 128
-    """RoIs sampled per image; also the boxes that are mimicked. (paper)"""
+    """RoIs sampled per image. (paper)"""
     positive_fraction: float = 0.25
     """(paper: 1 : 3)"""
     iou_threshold: float = 0.5
@@ -220,13 +259,23 @@ class MimicConfig:
     reg_weight: float = 1.0
     detach_teacher: bool = True
     """No gradient of the mimic loss into the teacher. (chosen)"""
+    num_boxes: int | None = None
+    """How many boxes per image are mimicked; None is the teacher's sampled set. (chosen)"""
+    warmup_steps: int = 0
+    """Steps over which both weights rise linearly from 0. (chosen)"""
     centered_logits: bool = False
     """Subtract each box's mean logit first: softmax does not see it, a cosine does. (chosen)"""
     reg_positives_only: bool = False
     """Mimic the regression feature of positives only. (chosen)"""
+    before_relu: bool = False
+    """Mimic the regression feature as it is before its ReLU. (chosen)"""
 
     def __post_init__(self) -> None:
         _require(min(self.cls_weight, self.reg_weight) >= 0, "mimic weights must be 0 or more")
+        _require(
+            self.num_boxes is None or self.num_boxes > 0, f"num_boxes must be positive or null, found {self.num_boxes}"
+        )
+        _require(self.warmup_steps >= 0, f"warmup_steps must be 0 or more, found {self.warmup_steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,12 +301,17 @@ class InferenceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """MimicDet, whole."""
+    """A detector, whole: MimicDet, or a peer on the same backbone and pyramid."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = _STRICT
 
+    detector: Literal["mimicdet", "retinanet", "fcos", "faster_rcnn"] = "mimicdet"
+    """The others are torchvision's; they read backbone, pyramid, anchors and inference, and none of the rest."""
     weights: str | None = None
     """Path of a whole detector's weights (safetensors, as a run writes them) to start from."""
+    class_space: Literal["softmax", "sigmoid"] = "softmax"
+    """Of both heads: softmax over the classes and background, or a sigmoid for each class. (chosen; the record
+    has 81 outputs for one head and 80 for the other)"""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     pyramid: PyramidConfig = field(default_factory=PyramidConfig)
     anchors: AnchorConfig = field(default_factory=AnchorConfig)
@@ -266,3 +320,35 @@ class ModelConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     mimic: MimicConfig = field(default_factory=MimicConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
+
+    def __post_init__(self) -> None:
+        if self.detector != "mimicdet":
+            return
+        num_levels = self.pyramid.max_level - self.pyramid.min_level + 1
+        bounds = self.refinement.scale_bounds
+        _require(
+            bounds is None or len(bounds) == num_levels - 1,
+            f"refinement.scale_bounds must be {num_levels - 1} for {num_levels} levels, found {bounds}",
+        )
+        _require(
+            len(self.student.kernel_sizes) <= num_levels,
+            f"student.kernel_sizes must be at most {num_levels}, one for each level, found {self.student.kernel_sizes}",
+        )
+
+    def check_classes(self, num_classes: int) -> None:
+        """Make sure that this detector can learn so many classes, without background.
+
+        Raises:
+            ValueError: it cannot; the message says why.
+        """
+        _require(num_classes >= 1, f"num_classes must be at least 1, found {num_classes}")
+        if self.detector != "mimicdet" or not self.teacher.enabled or self.mimic.cls_weight == 0:
+            return
+        reason = "the cosine of two single numbers has no gradient: expected mimic.cls_weight 0 or more classes"
+        _require(num_classes > 1 or self.class_space == "softmax", f"class_space sigmoid with one class: {reason}")
+        # Two logits less their mean are (a, -a): one number.
+        _require(num_classes > 1 or not self.mimic.centered_logits, f"mimic.centered_logits with one class: {reason}")
+        _require(
+            num_classes > 2 or self.class_space == "softmax" or not self.mimic.centered_logits,
+            f"mimic.centered_logits with class_space sigmoid and two classes: {reason}",
+        )

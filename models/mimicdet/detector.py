@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
 
-from mimicdet.anchors import Grid, clip, decode, encode, make_grid
-from mimicdet.assignment import Assignment, assign_proposals
+from mimicdet.anchors import clip, decode, make_grid
 from mimicdet.backbone import Backbone
 from mimicdet.config import ModelConfig
+from mimicdet.inference import detections, top_of_batch
+from mimicdet.inputs import IMAGE_MEAN, IMAGE_STD, batch_images, check_images, check_targets, complete
 from mimicdet.interface import Detections, Detector, LossTerms, Targets
-from mimicdet.mimic import mimic_losses
+from mimicdet.mimic import mimic_losses, warmup
 from mimicdet.pyramid import Pyramid
-from mimicdet.refinement import Refinement, propose, refinement_losses, top_positions
-from mimicdet.sampling import TEACHER, mine, priority, sample
+from mimicdet.refinement import Refinement, propose, refinement_losses
+from mimicdet.shared import Shared
 from mimicdet.student import Features, HeadOutput, Student
-from mimicdet.teacher import Teacher, head_losses
-
-# Mean and deviation of ImageNet's RGB in [0, 1], as torchvision's weights expect.
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
-# Batches are padded to a multiple of this, so that P2..P5 divide evenly.
-PAD_MULTIPLE = 32
-
-
-@dataclass(frozen=True)
-class _Shared:
-    """What both heads stand on: pyramid, positions, refinement."""
-
-    pyramid: dict[int, Tensor]
-    features: Features
-    grid: Grid
-    candidates: Tensor  # (N, P) bool
-    objectness: Tensor  # (N, P)
-    deltas: Tensor  # (N, P, 4)
-    refined: Tensor  # (N, P, 4) detached
+from mimicdet.teacher import Teacher
+from mimicdet.training import Boxes, box_losses, match, mean_per_image, mine_boxes, mining_rank, sample_rois
 
 
 class MimicDet(Detector):
@@ -61,20 +43,24 @@ class MimicDet(Detector):
             config: its parts.
             num_classes: without background.
             pretrained: read the backbone's weights; False where a whole state is loaded next.
+
+        Raises:
+            ValueError: the configuration cannot work with so many classes, or weights do not fit.
         """
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, found {num_classes}")
+        config.check_classes(num_classes)
         self.config = config
         self.num_classes = num_classes
-        channels = config.pyramid.channels
         self.backbone = Backbone(config.backbone, pretrained=pretrained)
-        self.pyramid = Pyramid(self.backbone.channels, config.pyramid)
-        self.refinement = Refinement(channels)
-        self.student = Student(channels, num_classes, config.student)
-        self.teacher = Teacher(channels, config.student.head_width, num_classes, config.teacher)
+        # Without a teacher nobody reads the levels below the student's.
+        levels = config.pyramid if config.teacher.enabled else replace(config.pyramid, stagger=0)
+        self.pyramid = Pyramid(self.backbone.channels, levels)
+        self.refinement = Refinement(config.pyramid.channels, config.refinement)
+        self.student = Student(config, num_classes)
+        self.teacher = Teacher(config, num_classes) if config.teacher.enabled else None
         self.register_buffer("mean", torch.tensor(IMAGE_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGE_STD)[:, None, None], persistent=False)
+        self._step: int | None = None
 
     def forward(
         self,
@@ -91,7 +77,7 @@ class MimicDet(Detector):
             pad_to: (H, W) that the batch is padded to; by default the largest sides, rounded up.
 
         Raises:
-            ValueError: no images, another number of targets, or `pad_to` smaller than an image.
+            ValueError: images or targets that mean nothing, see `inputs`, or `pad_to` smaller than an image.
         """
         if not self.training:
             return self.detect(images, pad_to=pad_to)
@@ -101,16 +87,20 @@ class MimicDet(Detector):
 
     # ---- training ----
 
+    def at_step(self, step: int) -> None:
+        """Set the step that mimicking is warmed up by; before the first call the weights are as configured."""
+        self._step = step
+
     def loss_terms(
         self, images: Sequence[Tensor], targets: Targets, *, pad_to: tuple[int, int] | None = None
     ) -> LossTerms:
         """Compute losses and metrics of every image; see `forward` for the arguments."""
-        if len(targets) != len(images):
-            raise ValueError(f"every image needs a target, found {len(images)} images, {len(targets)} targets")
+        check_images(images)
+        check_targets(targets, images, self.num_classes)
+        targets = [complete(target, self.mean) for target in targets]
         shared = self._shared(images, pad_to, lowest=self.pyramid.lowest)
-        device = shared.objectness.device
-        targets = [_complete(target, device) for target in targets]
-        refine, rois, pools = [], [], []
+        config, student = self.config, self.config.student
+        refine, proposals = [], []
         for i, target in enumerate(targets):
             refine.append(
                 refinement_losses(
@@ -121,118 +111,120 @@ class MimicDet(Detector):
                     target["boxes"],
                     target["iscrowd"],
                     target["key"],
-                    self.config.anchors.scale,
-                    self.config.refinement,
+                    config.anchors.scale,
+                    config.refinement,
                 )
             )
-            proposals = propose(
-                shared.objectness[i].detach(), shared.refined[i], shared.candidates[i], self.config.refinement
+            proposals.append(
+                propose(
+                    shared.objectness[i],
+                    shared.refined[i],
+                    shared.candidates[i],
+                    shared.grid.level,
+                    config.refinement,
+                )
             )
-            rois.append(self._roi_sample(i, proposals, shared, target))
-            pools.append(self._matched(i, proposals, shared, target, self.config.student.iou_threshold))
-        mined = self._mine(shared, pools, targets)
-        mimicked = _Boxes.concatenate(rois)
-
-        # One evaluation of the student for the boxes it is trained on and those it imitates.
-        both = self._student(
-            shared, torch.cat([mined.image, mimicked.image]), torch.cat([mined.position, mimicked.position])
-        )
-        student, imitator = both.split([len(mined.image), len(mimicked.image)])
-        teacher = self._teacher(shared, mimicked.image, mimicked.position)
-
-        num = len(images)
-        config = self.config
-        student_losses = self._head_losses(student, mined, shared, targets, config.student.box_std)
-        teacher_losses = self._head_losses(teacher, mimicked, shared, targets, config.teacher.box_std)
-        imitation = mimic_losses(imitator, teacher, config.mimic)
-        positives = mimicked.positive if config.mimic.reg_positives_only else torch.ones_like(mimicked.positive)
-        mean = _mean_per_image
         losses = {
             "refine_cls": config.refinement.loss_weight * torch.stack([cls for cls, _ in refine]),
             "refine_box": config.refinement.loss_weight * torch.stack([box for _, box in refine]),
-            "student_cls": config.student.loss_weight * mean(student_losses[0], mined.image, num),
-            "student_box": config.student.loss_weight * mean(student_losses[1], mined.image, num),
-            "teacher_cls": config.teacher.loss_weight * mean(teacher_losses[0], mimicked.image, num),
-            "teacher_box": config.teacher.loss_weight * mean(teacher_losses[1], mimicked.image, num),
-            "mimic_cls": config.mimic.cls_weight * mean(imitation[0], mimicked.image, num),
-            "mimic_reg": config.mimic.reg_weight * mean(imitation[1][positives], mimicked.image[positives], num),
         }
-        with torch.no_grad():
-            metrics = {
-                "cosine_cls": 1 - mean(imitation[0], mimicked.image, num),
-                "cosine_reg": 1 - mean(imitation[1], mimicked.image, num),
-                "mined_positives": mean(mined.positive.float(), mined.image, num),
-                "roi_positives": mean(mimicked.positive.float(), mimicked.image, num),
-            }
-        return LossTerms(losses, metrics)
+        pools = [
+            match(i, proposed[: student.mining_pool], shared, target, student.iou_threshold)
+            for i, (proposed, target) in enumerate(zip(proposals, targets, strict=True))
+        ]
+        mined = self._mine(shared, pools, targets)
+        if self.teacher is None:
+            output = self._student(shared, mined.image, mined.position)
+            student_losses, student_metrics = self._student_terms(output, mined, shared, targets)
+            return LossTerms(losses | student_losses, student_metrics)
 
-    def _roi_sample(self, i: int, proposals: Tensor, shared: _Shared, target: Mapping[str, Tensor]) -> _Boxes:
-        config = self.config.teacher
-        pool = self._matched(i, proposals, shared, target, config.iou_threshold)
-        chosen = sample(
-            pool.positive,
-            pool.negative,
-            config.num_rois,
-            config.positive_fraction,
-            priority(target["key"], TEACHER, proposals),
+        rois, learned, mimicked = self._sample(shared, proposals, targets)
+        # One evaluation of the student for the boxes it is trained on and those it imitates.
+        both = self._student(shared, torch.cat([mined.image, rois.image]), torch.cat([mined.position, rois.position]))
+        output, imitator = both.split([len(mined.image), len(rois.image)])
+        student_losses, student_metrics = self._student_terms(output, mined, shared, targets)
+        teacher_losses, teacher_metrics = self._teacher_terms(
+            self.teacher, imitator, rois, learned, mimicked, shared, targets
         )
-        return pool.take(chosen)
-
-    def _matched(
-        self, i: int, proposals: Tensor, shared: _Shared, target: Mapping[str, Tensor], iou_threshold: float
-    ) -> _Boxes:
-        assignment = assign_proposals(shared.refined[i, proposals], target["boxes"], target["iscrowd"], iou_threshold)
-        return _Boxes.of(i, proposals, assignment)
+        return LossTerms(losses | student_losses | teacher_losses, teacher_metrics | student_metrics)
 
     @torch.no_grad()
-    def _mine(self, shared: _Shared, pools: Sequence[_Boxes], targets: Targets) -> _Boxes:
+    def _mine(self, shared: Shared, pools: Sequence[Boxes], targets: Targets) -> Boxes:
         """Hard mining: rank all proposals by the student's loss without gradient, keep each image's hardest."""
         config = self.config.student
-        pool = _Boxes.concatenate(pools)
+        pool = Boxes.concatenate(pools)
         output = self._student(shared, pool.image, pool.position)
-        cls_loss, box_loss = self._head_losses(output, pool, shared, targets, config.box_std)
-        rank = cls_loss if config.mining == "cls" else cls_loss + box_loss
-        chosen = []
-        for boxes, losses in zip(pools, rank.split([len(p.image) for p in pools]), strict=True):
-            chosen.append(
-                boxes.take(mine(boxes.positive, boxes.negative, config.num_samples, config.positive_fraction, losses))
-            )
-        return _Boxes.concatenate(chosen)
+        losses = box_losses(output, pool, shared, targets, config.box_std, self.num_classes)
+        return mine_boxes(pools, mining_rank(losses, pools, targets, config), config)
 
-    def _head_losses(
+    def _sample(self, shared: Shared, proposals: Sequence[Tensor], targets: Targets) -> tuple[Boxes, Tensor, Tensor]:
+        """RoIs that the teacher looks at, and (n,) bool of those that it learns from and that are mimicked."""
+        config = self.config.teacher
+        num_mimicked = self.config.mimic.num_boxes or config.num_rois
+        rois, learned, mimicked = [], [], []
+        for i, (proposed, target) in enumerate(zip(proposals, targets, strict=True)):
+            pool = match(i, proposed, shared, target, config.iou_threshold)
+            wanted = [sample_rois(pool, num, target["key"], config) for num in (config.num_rois, num_mimicked)]
+            every = max(wanted, key=len)
+            rois.append(pool.take(every))
+            learned.append(torch.isin(every, wanted[0]))
+            mimicked.append(torch.isin(every, wanted[1]))
+        return Boxes.concatenate(rois), torch.cat(learned), torch.cat(mimicked)
+
+    def _student_terms(
+        self, output: HeadOutput, mined: Boxes, shared: Shared, targets: Targets
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        config, num = self.config.student, len(targets)
+        cls_loss, box_loss = box_losses(output, mined, shared, targets, config.box_std, self.num_classes)
+        losses = {
+            "student_cls": config.loss_weight * mean_per_image(cls_loss, mined.image, num),
+            "student_box": config.loss_weight * mean_per_image(box_loss, mined.image, num),
+        }
+        return losses, {"mined_positives": mean_per_image(mined.positive.float(), mined.image, num)}
+
+    def _teacher_terms(
         self,
-        output: HeadOutput,
-        boxes: _Boxes,
-        shared: _Shared,
+        teacher: Teacher,
+        imitator: HeadOutput,
+        rois: Boxes,
+        learned: Tensor,
+        mimicked: Tensor,
+        shared: Shared,
         targets: Targets,
-        box_std: Sequence[float],
-    ) -> tuple[Tensor, Tensor]:
-        """Classification and box loss (n,) of a head's answer for n boxes of the batch."""
-        sizes = boxes.sizes(len(targets))
-        labels, wanted = [], []
-        for target, matched in zip(targets, boxes.matched.split(sizes), strict=True):
-            # A row of its own behind the ground truth keeps the lookup valid for images without objects.
-            labels.append(torch.cat([target["labels"], target["labels"].new_zeros(1)])[matched])
-            wanted.append(torch.cat([target["boxes"], target["boxes"].new_tensor([[0, 0, 1, 1]])])[matched])
-        label = torch.where(boxes.positive, torch.cat(labels), self.num_classes)
-        refined = shared.refined[boxes.image, boxes.position]
-        return head_losses(output, label, encode(torch.cat(wanted), refined, box_std), self.num_classes)
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        config, num = self.config, len(targets)
+
+        def mean(values: Tensor, counted: Tensor) -> Tensor:
+            return mean_per_image(values[counted], rois.image[counted], num)
+
+        output = self._teacher(teacher, shared, rois.image, rois.position)
+        cls_loss, box_loss = box_losses(output, rois, shared, targets, config.teacher.box_std, self.num_classes)
+        by_class, by_feature = mimic_losses(imitator, output, config.mimic)
+        shown = mimicked & rois.positive if config.mimic.reg_positives_only else mimicked
+        rise = 1.0 if self._step is None else warmup(self._step, config.mimic)
+        losses = {
+            "teacher_cls": config.teacher.loss_weight * mean(cls_loss, learned),
+            "teacher_box": config.teacher.loss_weight * mean(box_loss, learned),
+            "mimic_cls": rise * config.mimic.cls_weight * mean(by_class, mimicked),
+            "mimic_reg": rise * config.mimic.reg_weight * mean(by_feature, shown),
+        }
+        metrics = {
+            "cosine_cls": 1 - mean(by_class.detach(), mimicked),
+            "cosine_reg": 1 - mean(by_feature.detach(), mimicked),
+            "roi_positives": mean(rois.positive.float(), learned),
+        }
+        return losses, metrics
 
     # ---- inference ----
 
     @torch.no_grad()
     def detect(self, images: Sequence[Tensor], *, pad_to: tuple[int, int] | None = None) -> list[Detections]:
         """Student's detections: dicts of boxes (D, 4) xyxy pixels, scores (D,), labels (D,), best first."""
+        check_images(images)
         shared = self._shared(images, pad_to, lowest=self.pyramid.low_levels[0])
-        image, position = self._top(shared, self.config.inference.topk)
-        return self._detections(
-            self._student(shared, image, position),
-            self.config.student.box_std,
-            shared,
-            image,
-            position,
-            images,
-        )
+        image, position = top_of_batch(shared, self.config.inference.topk)
+        output = self._student(shared, image, position)
+        return detections(output, self.config.student.box_std, shared, image, position, self.config)
 
     @torch.no_grad()
     def detect_heads(
@@ -241,66 +233,48 @@ class MimicDet(Detector):
         """Detections of `student`, as deployed, and of `teacher` from the best `topk` refined boxes.
 
         Heads are compared on the same boxes: unless the deployed student looks at as many, it also answers for
-        the teacher's boxes, as `student_topk`.
+        the teacher's boxes, as `student_topk`. Without a teacher there is `student` alone.
         """
+        if self.teacher is None:
+            return {"student": self.detect(images, pad_to=pad_to)}
+        check_images(images)
         shared = self._shared(images, pad_to, lowest=self.pyramid.lowest)
         config = self.config
-        deployed = self._top(shared, config.inference.topk)
-        compared = self._top(shared, topk)
-        teacher = self._teacher(shared, *compared)
-        student = self._detections(self._student(shared, *deployed), config.student.box_std, shared, *deployed, images)
+        deployed, compared = top_of_batch(shared, config.inference.topk), top_of_batch(shared, topk)
+
+        def student(boxes: tuple[Tensor, Tensor]) -> list[Detections]:
+            return detections(self._student(shared, *boxes), config.student.box_std, shared, *boxes, config)
+
+        output = self._teacher(self.teacher, shared, *compared)
         heads = {
-            "student": student,
-            "teacher": self._detections(teacher, config.teacher.box_std, shared, *compared, images),
+            "student": student(deployed),
+            "teacher": detections(output, config.teacher.box_std, shared, *compared, config),
         }
         if topk != config.inference.topk:  # whatever the images' sizes, so that all batches answer the same heads
-            output = self._student(shared, *compared)
-            heads["student_topk"] = self._detections(output, config.student.box_std, shared, *compared, images)
+            heads["student_topk"] = student(compared)
         return heads
-
-    def _top(self, shared: _Shared, topk: int) -> tuple[Tensor, Tensor]:
-        tops = [
-            top_positions(objectness, candidates, topk)
-            for objectness, candidates in zip(shared.objectness, shared.candidates, strict=True)
-        ]
-        image = torch.cat([torch.full_like(top, i) for i, top in enumerate(tops)])
-        return image, torch.cat(tops)
-
-    def _detections(
-        self,
-        output: HeadOutput,
-        box_std: Sequence[float],
-        shared: _Shared,
-        image: Tensor,
-        position: Tensor,
-        images: Sequence[Tensor],
-    ) -> list[Detections]:
-        config = self.config.inference
-        scores = output.logits.softmax(1)[:, :-1]
-        if config.times_objectness:
-            scores = scores * shared.objectness[image, position].sigmoid()[:, None]
-        boxes = decode(output.deltas, shared.refined[image, position], box_std)
-        detections = []
-        for i, original in enumerate(images):
-            own = image == i
-            box = clip(boxes[own], *map(float, original.shape[-2:]))
-            index, label = (scores[own] > config.score_threshold).nonzero().unbind(1)
-            score = scores[own][index, label]
-            kept = batched_nms(box[index], score, label, config.nms_iou)[: config.max_detections]
-            detections.append({"boxes": box[index[kept]], "scores": score[kept], "labels": label[kept]})
-        return detections
 
     # ---- both ----
 
-    def _shared(self, images: Sequence[Tensor], pad_to: tuple[int, int] | None, *, lowest: int) -> _Shared:
-        batch = self._batch(images, pad_to)
+    def _shared(self, images: Sequence[Tensor], pad_to: tuple[int, int] | None, *, lowest: int) -> Shared:
+        sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
+        return self.share(batch_images(images, pad_to, self.mean, self.std), sizes, lowest=lowest)
+
+    def share(self, batch: Tensor, sizes: list[tuple[int, int]], *, lowest: int) -> Shared:
+        """Run backbone, pyramid and refinement.
+
+        Args:
+            batch: (N, 3, H, W), normalised and padded.
+            sizes: (H, W) of each image without padding.
+            lowest: lowest level that is computed: the student's own, or the teacher's.
+        """
         pyramid = self.pyramid(self.backbone(batch), lowest=lowest)
         low = [pyramid[level] for level in self.pyramid.low_levels]
         grid = make_grid(self.pyramid.low_levels, low, self.config.anchors.scale)
         objectness, deltas = self.refinement(low)
-        decoded = decode(deltas.detach(), grid.anchors)
-        sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
-        return _Shared(
+        config = self.config.refinement
+        decoded = decode(deltas.detach() if config.detach_boxes else deltas, grid.anchors, config.box_std)
+        return Shared(
             pyramid=pyramid,
             features=Features.pack(low),
             grid=grid,
@@ -308,85 +282,18 @@ class MimicDet(Detector):
             objectness=objectness,
             deltas=deltas,
             refined=torch.stack([clip(d, *map(float, s)) for d, s in zip(decoded, sizes, strict=True)]),
+            sizes=sizes,
         )
 
-    def _batch(self, images: Sequence[Tensor], pad_to: tuple[int, int] | None) -> Tensor:
-        """Normalise and pad to (N, 3, H, W); padding is zero after normalisation."""
-        if not images:
-            raise ValueError("the detector needs at least one image, found an empty list")
-        largest = [max(int(image.shape[axis]) for image in images) for axis in (-2, -1)]
-        height, width = pad_to or [-(-side // PAD_MULTIPLE) * PAD_MULTIPLE for side in largest]
-        if height < largest[0] or width < largest[1]:
-            raise ValueError(f"pad_to {(height, width)} is smaller than the largest image, {tuple(largest)}")
-        batch = self.mean.new_zeros(len(images), 3, height, width)
-        for row, image in zip(batch, images, strict=True):
-            pixels = image.to(self.mean.device)
-            pixels = pixels.to(self.mean.dtype) / 255 if pixels.dtype == torch.uint8 else pixels
-            row[:, : image.shape[-2], : image.shape[-1]] = (pixels - self.mean) / self.std
-        return batch
-
-    def _student(self, shared: _Shared, image: Tensor, position: Tensor) -> HeadOutput:
+    def _student(self, shared: Shared, image: Tensor, position: Tensor) -> HeadOutput:
         output = self.student(shared.features, shared.deltas, shared.grid, image, position)
         assert isinstance(output, HeadOutput)
         return output
 
-    def _teacher(self, shared: _Shared, image: Tensor, position: Tensor) -> HeadOutput:
+    def _teacher(self, teacher: Teacher, shared: Shared, image: Tensor, position: Tensor) -> HeadOutput:
         # An anchor of P_L is pooled from P_{L - stagger}. (paper)
         level = torch.tensor(self.pyramid.high_levels, device=position.device)[shared.grid.level[position]]
         pyramid = {level: shared.pyramid[level] for level in self.pyramid.high_levels}
-        output = self.teacher(pyramid, shared.refined[image, position], image, level)
+        output = teacher(pyramid, shared.refined[image, position], image, level)
         assert isinstance(output, HeadOutput)
         return output
-
-
-@dataclass(frozen=True)
-class _Boxes:
-    """Refined boxes of a batch, ordered by image, with what each is assigned to. All (n,)."""
-
-    image: Tensor
-    position: Tensor
-    matched: Tensor
-    positive: Tensor
-    negative: Tensor
-
-    @classmethod
-    def of(cls, image: int, position: Tensor, assignment: Assignment) -> _Boxes:
-        return cls(
-            torch.full_like(position, image),
-            position,
-            assignment.matched,
-            assignment.positive,
-            assignment.negative,
-        )
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[_Boxes]) -> _Boxes:
-        columns = zip(*((p.image, p.position, p.matched, p.positive, p.negative) for p in parts), strict=True)
-        return cls(*(torch.cat(column) for column in columns))
-
-    def take(self, index: Tensor) -> _Boxes:
-        return _Boxes(
-            self.image[index],
-            self.position[index],
-            self.matched[index],
-            self.positive[index],
-            self.negative[index],
-        )
-
-    def sizes(self, num_images: int) -> list[int]:
-        """How many of the boxes belong to each image."""
-        return torch.bincount(self.image, minlength=num_images).tolist()
-
-
-def _mean_per_image(values: Tensor, image: Tensor, num_images: int) -> Tensor:
-    """Mean (N,) of values (n,) over each image's boxes; zero, attached to the graph, where it has none."""
-    total = values.new_zeros(num_images).index_add(0, image, values)
-    return total / torch.bincount(image, minlength=num_images).clamp(min=1)
-
-
-def _complete(target: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    complete = {name: value.to(device) for name, value in target.items()}
-    complete["boxes"] = complete["boxes"].float()
-    complete.setdefault("iscrowd", torch.zeros_like(complete["labels"], dtype=torch.bool))
-    complete.setdefault("key", torch.randint(1 << 62, (), device=device))
-    return complete

@@ -37,6 +37,9 @@ class Detector(nn.Module):
     ) -> LossTerms:
         """Losses and metrics of every image; images are (3, H, W), padded to `pad_to` = (H, W)."""
 
+    def at_step(self, step: int) -> None:
+        """Hear which training step comes next, from 0; for what changes over the steps."""
+
     @abstractmethod
     def detect_heads(
         self, images: Sequence[Tensor], *, topk: int, pad_to: tuple[int, int] | None = None

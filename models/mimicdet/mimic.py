@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from mimicdet.anchors import full_precision
 from mimicdet.config import MimicConfig
 from mimicdet.student import HeadOutput
 
@@ -18,12 +20,20 @@ def mimic_losses(student: HeadOutput, teacher: HeadOutput, config: MimicConfig) 
     ours, theirs = student.logits, teacher.logits
     if config.centered_logits:
         ours, theirs = ours - ours.mean(1, keepdim=True), theirs - theirs.mean(1, keepdim=True)
-    return 1 - cosine(ours, theirs), 1 - cosine(student.feature, teacher.feature)
+    mine, wanted = student.feature, teacher.feature
+    if not config.before_relu:
+        mine, wanted = F.relu(mine), F.relu(wanted)
+    return 1 - cosine(ours, theirs), 1 - cosine(mine, wanted)
+
+
+def warmup(step: int, config: MimicConfig) -> float:
+    """Factor of both mimic weights at a training step, from 0: a linear rise over `warmup_steps`."""
+    return min(1.0, (step + 1) / (config.warmup_steps + 1))
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine (n,) between the rows of (n, F), in fp32, norms bounded below by EPS."""
-    a, b = a.float(), b.float()
+    """Cosine (n,) between the rows of (n, F), never in half precision, norms bounded below by EPS."""
+    a, b = full_precision(a), full_precision(b)
     return (a * b).sum(1) / (_norm(a) * _norm(b))
 
 

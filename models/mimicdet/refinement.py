@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import nms
+from torchvision.ops import batched_nms, nms, sigmoid_focal_loss
 
-from mimicdet.anchors import Grid, encode
-from mimicdet.assignment import assign_anchors
+from mimicdet.anchors import Grid, encode, full_precision
+from mimicdet.assignment import Assignment, assign_anchors
 from mimicdet.config import RefinementConfig
 from mimicdet.sampling import REFINEMENT, priority, sample
 
@@ -18,15 +19,20 @@ from mimicdet.sampling import REFINEMENT, priority, sample
 class Refinement(nn.Module):
     """One 3x3 convolution and two 1x1 siblings, shared over all levels. (paper)"""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, config: RefinementConfig) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.objectness = nn.Conv2d(channels, 1, 1)
-        self.deltas = nn.Conv2d(channels, 4, 1)
+        width = config.width or channels
+        self.conv = nn.Conv2d(channels, width, 3, padding=1)
+        self.objectness = nn.Conv2d(width, 1, 1)
+        self.deltas = nn.Conv2d(width, 4, 1)
         for layer in (self.conv, self.objectness, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
+        if config.loss == "focal":
+            # Every anchor counts: start where almost all are background. (Lin et al. 2017, section 3.3)
+            assert self.objectness.bias is not None
+            nn.init.constant_(self.objectness.bias, prior_bias())
 
     def forward(self, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Map the low-resolution levels, (N, C, H, W) each, to objectness logits (N, P) and deltas (N, P, 4)."""
@@ -35,7 +41,12 @@ class Refinement(nn.Module):
             hidden = F.relu(self.conv(level))
             objectness.append(self.objectness(hidden).flatten(1))
             deltas.append(self.deltas(hidden).flatten(2).transpose(1, 2))
-        return torch.cat(objectness, 1).float(), torch.cat(deltas, 1).float()
+        return full_precision(torch.cat(objectness, 1)), full_precision(torch.cat(deltas, 1))
+
+
+def prior_bias(prior: float = 0.01) -> float:
+    """Logit at which a sigmoid gives `prior`; 0.01 is Lin et al. 2017's for a rare foreground."""
+    return -math.log((1 - prior) / prior)
 
 
 def refinement_losses(
@@ -49,7 +60,10 @@ def refinement_losses(
     scale: float,
     config: RefinementConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Binary cross-entropy and L1 of one image, each divided by the number of sampled anchors.
+    """Classification loss and L1 of one image.
+
+    Both are divided by the number of sampled anchors; with `loss: focal` all anchors that are not ignored count,
+    and both are divided by the number of positives.
 
     Args:
         objectness, deltas: (P,) and (P, 4) of the image.
@@ -57,6 +71,14 @@ def refinement_losses(
         key: scalar int64 that decides the random sample.
     """
     assignment = assign_anchors(grid, candidates, boxes, iscrowd, scale, config)
+    if config.loss == "focal":
+        counted = assignment.positive | assignment.negative
+        num = int(assignment.positive.sum().clamp(min=1))
+        cls_loss = sigmoid_focal_loss(
+            objectness[counted], assignment.positive[counted].to(objectness.dtype), reduction="sum"
+        )
+        hit = assignment.positive.nonzero().flatten()
+        return cls_loss / num, _box_loss(deltas, grid, boxes, assignment, hit, config) / num
     positions = torch.arange(len(objectness), device=objectness.device)
     chosen = sample(
         assignment.positive,
@@ -67,24 +89,36 @@ def refinement_losses(
     )
     num = max(1, len(chosen))
     target = assignment.positive[chosen]
-    cls_loss = F.binary_cross_entropy_with_logits(objectness[chosen], target.float(), reduction="sum") / num
-    hit = chosen[target]
-    wanted = encode(boxes[assignment.matched[hit]], grid.anchors[hit])
-    return cls_loss, F.l1_loss(deltas[hit], wanted, reduction="sum") / num
+    cls_loss = (
+        F.binary_cross_entropy_with_logits(objectness[chosen], target.to(objectness.dtype), reduction="sum") / num
+    )
+    return cls_loss, _box_loss(deltas, grid, boxes, assignment, chosen[target], config) / num
 
 
-def propose(objectness: Tensor, refined: Tensor, candidates: Tensor, config: RefinementConfig) -> Tensor:
-    """Positions (R,) of one image's training proposals: NMS over all levels together, best first.
+def _box_loss(
+    deltas: Tensor, grid: Grid, boxes: Tensor, assignment: Assignment, hit: Tensor, config: RefinementConfig
+) -> Tensor:
+    wanted = encode(boxes[assignment.matched[hit]], grid.anchors[hit], config.box_std)
+    return F.l1_loss(deltas[hit], wanted, reduction="sum")
+
+
+@torch.no_grad()
+def propose(objectness: Tensor, refined: Tensor, candidates: Tensor, level: Tensor, config: RefinementConfig) -> Tensor:
+    """Positions (R,) of one image's training proposals, best first: NMS over all levels together, or on each.
 
     Args:
         objectness: (P,) logits.
         refined: (P, 4) refined anchors.
         candidates: (P,) bool, False in padding.
+        level: (P,) int64, of each position.
         config: NMS threshold and counts.
     """
     order = top_positions(objectness, candidates, config.pre_nms_topk)
-    kept = nms(refined[order], objectness[order], config.nms_iou)[: config.num_proposals]
-    return order[kept]
+    if config.nms_per_level:
+        kept = batched_nms(refined[order], objectness[order], level[order], config.nms_iou)
+    else:
+        kept = nms(refined[order], objectness[order], config.nms_iou)
+    return order[kept[: config.num_proposals]]
 
 
 def top_positions(objectness: Tensor, candidates: Tensor, num: int) -> Tensor:

@@ -21,7 +21,7 @@ _MULTIPLY_1 = _signed(0xBF58476D1CE4E5B9)
 _MULTIPLY_2 = _signed(0x94D049BB133111EB)
 
 # One stream per place that draws, so that no two draws for an image share their numbers.
-REFINEMENT, TEACHER = 1, 2
+REFINEMENT, TEACHER, STUDENT = 1, 2, 3
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -58,20 +58,19 @@ def sample(
     return _quota(positive, negative, num_samples, positive_fraction, priorities)
 
 
-def mine(
-    positive: Tensor, negative: Tensor, num_samples: int, positive_fraction: float | None, losses: Tensor
-) -> Tensor:
-    """Choose the candidates of the highest loss (n,), positives and negatives each by themselves.
+def mine(positive: Tensor, negative: Tensor, num_samples: int, positive_fraction: float | None, rank: Tensor) -> Tensor:
+    """Choose the candidates of the highest rank (n,), as a loss, positives and negatives each by themselves.
 
-    With a `positive_fraction` of None the highest losses are taken whatever they are. Returns indices (m,).
+    With a `positive_fraction` of None the highest are taken whatever they are. Returns indices (m,).
     """
     if positive_fraction is None:
-        return _best(positive | negative, num_samples, losses)
-    return _quota(positive, negative, num_samples, positive_fraction, losses)
+        return _best(positive | negative, num_samples, rank)
+    return _quota(positive, negative, num_samples, positive_fraction, rank)
 
 
 def _quota(positive: Tensor, negative: Tensor, num: int, fraction: float, rank: Tensor) -> Tensor:
-    chosen = _best(positive, round(num * fraction), rank)
+    # One at least: a share of a small number must not round to no positive at all.
+    chosen = _best(positive, max(1, round(num * fraction)), rank)
     return torch.cat([chosen, _best(negative, num - len(chosen), rank)])
 
 

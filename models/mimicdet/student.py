@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
 
-from mimicdet.anchors import Grid, decode
-from mimicdet.config import StudentConfig
+from mimicdet.anchors import Grid, decode, full_precision
+from mimicdet.config import ModelConfig, StudentConfig
+from mimicdet.refinement import prior_bias
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,9 @@ class HeadOutput:
     """A head's answer for n boxes.
 
     Attributes:
-        logits: (n, C + 1) class logits, background last.
+        logits: (n, C + 1) class logits, background last; (n, C) in the class space `sigmoid`.
         deltas: (n, 4) second regression, from the refined box, divided by the head's `box_std`.
-        feature: (n, F) regression feature, the one that is mimicked.
+        feature: (n, F) regression feature before its ReLU, the one that is mimicked.
     """
 
     logits: Tensor
@@ -65,21 +67,22 @@ class Features:
 class Student(nn.Module):
     """Micro-network, deformable convolution, two 1x1 siblings and two predictors. (paper)"""
 
-    def __init__(self, channels: int, num_classes: int, config: StudentConfig) -> None:
+    def __init__(self, model: ModelConfig, num_classes: int) -> None:
         super().__init__()
-        self.config = config
-        # The lowest level has a (micro-network, convolution) pair of its own, the others share one. (chosen)
-        self.samplers = nn.ModuleList([AdaptiveConv(channels, k, config) for k in config.kernel_sizes])
+        self.config = config = model.student
+        channels = model.pyramid.channels
+        # A (micro-network, convolution) pair for each entry; the last serves all levels above. (chosen)
+        self.samplers = nn.ModuleList(
+            [AdaptiveConv(channels, k, config, model.refinement.box_std) for k in config.kernel_sizes]
+        )
         self.cls_hidden = nn.Linear(channels, config.head_width)
         self.reg_hidden = nn.Linear(channels, config.head_width)
-        self.logits = nn.Linear(config.head_width, num_classes + 1)
+        self.logits = nn.Linear(config.head_width, num_logits(num_classes, model))
         self.deltas = nn.Linear(config.head_width, 4)
         for hidden in (self.cls_hidden, self.reg_hidden):
             nn.init.kaiming_normal_(hidden.weight, nonlinearity="relu")
             nn.init.zeros_(hidden.bias)
-        for predictor, std in ((self.logits, 0.01), (self.deltas, 0.001)):
-            nn.init.normal_(predictor.weight, std=std)
-            nn.init.zeros_(predictor.bias)
+        start_predictors(self.logits, self.deltas, model)
 
     def forward(
         self, features: Features, refine_deltas: Tensor, grid: Grid, image: Tensor, position: Tensor
@@ -96,24 +99,74 @@ class Student(nn.Module):
         deltas = refine_deltas[image, position]
         if self.config.detach_offsets:
             deltas = deltas.detach()
-        lowest = grid.level[position] == 0
+        which = grid.level[position].clamp(max=len(self.samplers) - 1)
         outputs, orders = [], []
-        for sampler, mask in zip(self.samplers, (lowest, ~lowest), strict=True):
-            chosen = mask.nonzero().flatten()
+        for index, sampler in enumerate(self.samplers):
+            chosen = (which == index).nonzero().flatten()
             outputs.append(sampler(features, deltas[chosen], grid, image[chosen], position[chosen]))
             orders.append(chosen)
-        hidden = F.relu(torch.cat(outputs)[torch.cat(orders).argsort()])
-        feature = F.relu(self.reg_hidden(hidden))
+        return self.predict(torch.cat(outputs)[torch.cat(orders).argsort()])
+
+    def dense(self, levels: Sequence[Tensor], refine_deltas: Tensor, grid: Grid) -> HeadOutput:
+        """Evaluate the head at every position by `torchvision.ops.deform_conv2d`, as the paper draws it.
+
+        Kept for checking: `forward` at all positions gives the same.
+
+        Args:
+            levels: the low-resolution levels, (N, C, H, W) each.
+            refine_deltas: (N, P, 4).
+            grid: P positions.
+
+        Returns:
+            N * P answers, ordered by image, then position.
+        """
+        if self.config.detach_offsets:
+            refine_deltas = refine_deltas.detach()
+        sampled = []
+        for index, (level, start) in enumerate(zip(levels, grid.starts, strict=True)):
+            sampler = self.samplers[min(index, len(self.samplers) - 1)]
+            assert isinstance(sampler, AdaptiveConv)
+            height, width = level.shape[-2:]
+            position = torch.arange(start, start + height * width, device=level.device)
+            plain = grid.cell[position].flip(1)[:, None] + sampler.taps
+            offsets = torch.stack([sampler.points(d, grid, position) - plain for d in refine_deltas[:, position]])
+            offsets = offsets.flatten(2).transpose(1, 2).unflatten(2, (height, width)).to(level.dtype)
+            padding = sampler.kernel_size // 2
+            mapped = deform_conv2d(level, offsets.contiguous(), sampler.weight, sampler.bias, padding=padding)
+            sampled.append(mapped.flatten(2).transpose(1, 2))
+        return self.predict(torch.cat(sampled, 1).flatten(0, 1))
+
+    def predict(self, sampled: Tensor) -> HeadOutput:
+        """Predict from what the adaptive convolutions read for n boxes, (n, channels)."""
+        hidden = F.relu(sampled)
+        feature = self.reg_hidden(hidden)
         logits = self.logits(F.relu(self.cls_hidden(hidden)))
-        return HeadOutput(logits.float(), self.deltas(feature).float(), feature.float())
+        return HeadOutput(full_precision(logits), full_precision(self.deltas(F.relu(feature))), full_precision(feature))
+
+
+def num_logits(num_classes: int, model: ModelConfig) -> int:
+    """Class logits of a box: softmax has one more, for the background."""
+    return num_classes + (model.class_space == "softmax")
+
+
+def start_predictors(logits: nn.Linear, deltas: nn.Linear, model: ModelConfig) -> None:
+    """Start a head's predictors with the small weights of Faster R-CNN; sigmoids start at a rare foreground."""
+    for predictor, std in ((logits, 0.01), (deltas, 0.001)):
+        nn.init.normal_(predictor.weight, std=std)
+        nn.init.zeros_(predictor.bias)
+    if model.class_space == "sigmoid":
+        nn.init.constant_(logits.bias, prior_bias())
 
 
 class AdaptiveConv(nn.Module):
     """k x k convolution whose taps are placed by each position's own refinement output."""
 
-    def __init__(self, channels: int, kernel_size: int, config: StudentConfig) -> None:
+    def __init__(
+        self, channels: int, kernel_size: int, config: StudentConfig, refine_std: tuple[float, float, float, float]
+    ) -> None:
         super().__init__()
         self.kernel_size = kernel_size
+        self.refine_std = refine_std
         self.offsets = config.offsets
         num_taps = kernel_size**2
         first, second = config.offset_channels
@@ -148,7 +201,7 @@ class AdaptiveConv(nn.Module):
         """Where the taps of n positions lie: (n, K, 2) y and x in cells of the position's level."""
         if self.offsets in ("analytic", "analytic_learned"):
             # A grid that spans the refined box: tap r lies at centre + r × side / (k - 1).
-            box = decode(deltas, grid.anchors[position]) / grid.stride[position, None]
+            box = decode(deltas, grid.anchors[position], self.refine_std) / grid.stride[position, None]
             center = (box[:, :2] + box[:, 2:]) / 2 - 0.5
             pitch = (box[:, 2:] - box[:, :2]) / (self.kernel_size - 1)
             points = center.flip(1)[:, None] + self.taps * pitch.flip(1)[:, None]
@@ -156,7 +209,7 @@ class AdaptiveConv(nn.Module):
             points = grid.cell[position].flip(1)[:, None] + self.taps
         if len(self.micro):
             # torchvision's order of offsets: y and x of one tap after the other.
-            points = points + self.micro(deltas).float().unflatten(1, (-1, 2))
+            points = points + full_precision(self.micro(deltas)).unflatten(1, (-1, 2))
         return points
 
 

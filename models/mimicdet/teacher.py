@@ -9,33 +9,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from mimicdet.config import TeacherConfig
-from mimicdet.student import HeadOutput
+from mimicdet.anchors import full_precision
+from mimicdet.config import ModelConfig
+from mimicdet.student import HeadOutput, num_logits, start_predictors
 
 
 class Teacher(nn.Module):
     """RoIAlign, two fully connected layers for the class, convolutions and one for the box. (paper)"""
 
-    def __init__(self, channels: int, head_width: int, num_classes: int, config: TeacherConfig) -> None:
+    def __init__(self, model: ModelConfig, num_classes: int) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = model.teacher
+        channels, head_width = model.pyramid.channels, model.student.head_width
         size = channels * config.pooled_size**2
         self.cls_hidden = nn.Sequential(
             nn.Flatten(), nn.Linear(size, head_width), nn.ReLU(), nn.Linear(head_width, head_width), nn.ReLU()
         )
-        self.logits = nn.Linear(head_width, num_classes + 1)
+        self.logits = nn.Linear(head_width, num_logits(num_classes, model))
         convs: list[nn.Module] = []
         for _ in range(config.num_convs):
             convs += [nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()]
-        self.reg_hidden = nn.Sequential(*convs, nn.Flatten(), nn.Linear(size, head_width), nn.ReLU())
+        self.reg_hidden = nn.Sequential(*convs, nn.Flatten(), nn.Linear(size, head_width))
         self.deltas = nn.Linear(head_width, 4)
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
-        for predictor, std in ((self.logits, 0.01), (self.deltas, 0.001)):
-            nn.init.normal_(predictor.weight, std=std)
+        start_predictors(self.logits, self.deltas, model)
 
     def forward(self, pyramid: Mapping[int, Tensor], boxes: Tensor, image: Tensor, level: Tensor) -> HeadOutput:
         """Evaluate the head on n boxes.
@@ -64,18 +65,25 @@ class Teacher(nn.Module):
         x = torch.cat(pooled)[torch.cat(orders).argsort()]
         feature = self.reg_hidden(x)
         logits = self.logits(self.cls_hidden(x))
-        return HeadOutput(logits.float(), self.deltas(feature).float(), feature.float())
+        return HeadOutput(full_precision(logits), full_precision(self.deltas(F.relu(feature))), full_precision(feature))
 
 
 def head_losses(output: HeadOutput, labels: Tensor, target_deltas: Tensor, background: int) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and L1 (summed over the four coordinates, positives only) of each of n boxes, (n,) each.
+    """Classification loss and L1 (summed over the four coordinates, positives only) of each of n boxes, (n,) each.
+
+    The former is the cross-entropy, or where the logits have no background column the sum over classes of the
+    binary cross-entropy.
 
     Args:
         output: of either head.
         labels: (n,) int64 classes, `background` for negatives.
         target_deltas: (n, 4), read where positive.
-        background: index of the background class.
+        background: index of the background class, which is the number of classes.
     """
-    cls_loss = F.cross_entropy(output.logits, labels, reduction="none")
+    if output.logits.shape[1] > background:
+        cls_loss = F.cross_entropy(output.logits, labels, reduction="none")
+    else:
+        wanted = F.one_hot(labels, background + 1)[:, :background].to(output.logits.dtype)
+        cls_loss = F.binary_cross_entropy_with_logits(output.logits, wanted, reduction="none").sum(1)
     box_loss = (output.deltas - target_deltas).abs().sum(1)
     return cls_loss, torch.where(labels == background, torch.zeros_like(box_loss), box_loss)

@@ -38,22 +38,32 @@ class NonFiniteLossError(RuntimeError):
     """A loss or the gradient became NaN or infinite; the message names step, images and losses."""
 
 
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What each `optim.precision` lets matrix products be computed in."""
+# Below this scale an overflow is no longer the scale's fault: the gradient itself is broken.
+_MIN_LOSS_SCALE = 1.0
+
+
 class _Objective(nn.Module):
     """What is minimised, as one module, so that DistributedDataParallel sees a forward pass."""
 
-    def __init__(self, detector: Detector, global_batch: int, world: int) -> None:
+    def __init__(self, detector: Detector, config: OptimConfig, world: int) -> None:
         super().__init__()
         self.detector = detector
-        self.share = world / global_batch
+        self.share = world / config.global_batch
+        self.dtype = AUTOCAST[config.precision]
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the rank's loss and the sums over its images of every loss and metric."""
-        terms = self.detector.loss_terms(batch.images, batch.targets, pad_to=batch.pad_to)
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Return the rank's loss, the sums over its images of every loss and metric, and which images are sound."""
+        kind = next(self.detector.parameters()).device.type
+        with torch.autocast(kind, dtype=self.dtype, enabled=self.dtype is not None):
+            terms = self.detector.loss_terms(batch.images, batch.targets, pad_to=batch.pad_to)
         sums = {name: values.sum() for name, values in {**terms.losses, **terms.metrics}.items()}
         # A sum over the slice, scaled so that the average over ranks that DDP takes is the mean over the
         # global batch, also when slices are uneven.
         total = torch.stack([sums[name] for name in terms.losses]).sum() * self.share
-        return total, sums
+        sound = torch.stack([values.detach() for values in terms.losses.values()]).isfinite().all(0)
+        return total, sums, sound
 
 
 class Engine:
@@ -75,7 +85,10 @@ class Engine:
         self.step = 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.optimizer = build_optimizer(detector, config)
-        self._objective: nn.Module = _Objective(detector, config.global_batch, self.world)
+        kind = next(detector.parameters()).device.type
+        # fp16's smallest numbers are too large for most gradients. Disabled, it passes everything through.
+        self._scaler = torch.amp.GradScaler(kind, enabled=config.precision == "fp16")
+        self._objective: nn.Module = _Objective(detector, config, self.world)
         if self.world > 1:
             # find_unused_parameters: a step in which no box reads some level leaves weights without gradient;
             # it also keeps the buckets as first laid out, so that a resumed process adds up in the same order.
@@ -86,37 +99,56 @@ class Engine:
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """Advance by one global step.
 
+        With fp16 a step whose scaled gradient overflows leaves the weights alone and halves the scale.
+
         Returns:
             Means over the global batch of every loss and metric, with `loss` their weighted sum, `lr` and
-            `grad_norm` (before clipping); scalar tensors without gradient, the same on every rank.
+            `grad_norm` (before clipping; left out where fp16 overflowed), and with fp16 `loss_scale`; scalar
+            tensors without gradient, the same on every rank.
 
         Raises:
             NonFiniteLossError: before the weights are touched.
         """
         self.detector.train()
+        self.detector.at_step(self.step)
         lr = learning_rate(self.step, self.config, self.num_steps, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        total, sums = self._objective(batch)
+        total, sums, sound = self._objective(batch)
         means = self._reduce({"loss": total.detach() / self._share, **sums})
-        self._check_finite(means, batch)
-        total.backward()
+        self._check_finite(means, batch, sound)
+        self._scaler.scale(total).backward()
+        self._scaler.unscale_(self.optimizer)
         parameters = [p for p in self.detector.parameters() if p.grad is not None]
         limit = self.config.clip_norm if self.config.clip_norm is not None else float("inf")
         norm = nn.utils.clip_grad_norm_(parameters, limit)
-        # A finite loss can have a gradient that is not; the next checkpoint would hold broken weights.
-        self._check_finite({"grad_norm": norm}, batch)
-        self.optimizer.step()
+        answer = {**means, "lr": torch.tensor(lr), "grad_norm": norm.detach()}
+        if self._scaler.is_enabled():
+            scale = self._scaler.get_scale()
+            answer["loss_scale"] = torch.tensor(scale)
+            if scale > _MIN_LOSS_SCALE and not torch.isfinite(norm):
+                del answer["grad_norm"]  # the scaler's to mend
+        if "grad_norm" in answer:
+            # A finite loss can have a gradient that is not; the next checkpoint would hold broken weights.
+            self._check_finite({"grad_norm": norm}, batch)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
         self.step += 1
-        return {**means, "lr": torch.tensor(lr), "grad_norm": norm.detach()}
+        return answer
 
-    def _check_finite(self, values: Mapping[str, Tensor], batch: Batch) -> None:
-        if not all(torch.isfinite(value) for value in values.values()):
-            broken = {name: float(value) for name, value in values.items() if not torch.isfinite(value)}
-            raise NonFiniteLossError(
-                f"step {self.step + 1}: {broken} over the global batch; this rank's images are {batch.image_ids}"
-            )
+    def _check_finite(self, values: Mapping[str, Tensor], batch: Batch, sound: Tensor | None = None) -> None:
+        if all(torch.isfinite(value) for value in values.values()):
+            return
+        broken = [f"{name} is {float(value)}" for name, value in values.items() if not torch.isfinite(value)]
+        if sound is None:
+            where = f"this rank's images are {batch.image_ids}"
+        elif sound.all():
+            where = "none of this rank's images broke"
+        else:
+            images = [image for image, good in zip(batch.image_ids, sound.tolist(), strict=True) if not good]
+            where = f"of this rank's images these broke: {images}"
+        raise NonFiniteLossError(f"step {self.step + 1}: {', '.join(broken)} over the global batch; {where}")
 
     @property
     def _share(self) -> float:
@@ -130,12 +162,14 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything besides the detector's weights that the next step depends on."""
-        return {"step": self.step, "optimizer": self.optimizer.state_dict()}
+        return {"step": self.step, "optimizer": self.optimizer.state_dict(), "scaler": self._scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`; the detector's weights are loaded separately."""
         self.step = int(state["step"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:
+            self._scaler.load_state_dict(state["scaler"])
 
 
 def build_optimizer(detector: Detector, config: OptimConfig) -> torch.optim.Optimizer:

@@ -42,6 +42,8 @@ class OptimConfig:
     """Steps over which the learning rate rises linearly from near 0."""
     clip_norm: float | None = 20.0
     """Largest global norm of the gradient; None leaves it as it is."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What the forward pass computes in (autocast); weights, losses and boxes stay in fp32. fp16 scales the loss."""
 
     def __post_init__(self) -> None:
         _require(0 < self.lr < inf, f"lr must be positive, found {self.lr}")

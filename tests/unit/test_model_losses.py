@@ -230,7 +230,7 @@ def loop_losses(model: MimicDet) -> list[dict[str, float]]:
                     [cosine_loss(*(prepare(h.logits[p].tolist()) for h in (student, teacher))) for p in rois]
                 ),
                 "mimic_reg": mean(
-                    [cosine_loss(*(h.feature[p].tolist() for h in (student, teacher))) for p in mimicked]
+                    [cosine_loss(*(h.feature[p].relu().tolist() for h in (student, teacher))) for p in mimicked]
                 ),
                 "roi_positives": num_positives / len(rois),
                 "mined_positives": mean([float(p in positives) for p in mined]),
@@ -368,7 +368,7 @@ def all_gradients(model: MimicDet, which: tuple[int, ...]) -> dict[str, Tensor |
     [
         PyramidConfig(channels=8, max_level=5),
         PyramidConfig(channels=8, max_level=7),  # P6 and P7 are single cells
-        PyramidConfig(channels=8, min_level=5, max_level=5),  # no box reads the second pair of the student
+        PyramidConfig(channels=8, min_level=4, max_level=5),
         PyramidConfig(channels=8, max_level=5, stagger=0),
     ],
 )

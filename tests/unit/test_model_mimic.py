@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mimicdet.config import MimicConfig
-from mimicdet.mimic import mimic_losses
+from mimicdet.mimic import mimic_losses, warmup
 from mimicdet.student import HeadOutput
 
 
@@ -20,7 +20,20 @@ def test_losses_are_one_minus_cosine() -> None:
     student, teacher = head(0), head(1)
     cls_loss, reg_loss = mimic_losses(student, teacher, MimicConfig())
     assert torch.allclose(cls_loss, 1 - F.cosine_similarity(student.logits, teacher.logits), atol=1e-6)
-    assert torch.allclose(reg_loss, 1 - F.cosine_similarity(student.feature, teacher.feature), atol=1e-6)
+    ours, theirs = F.relu(student.feature), F.relu(teacher.feature)
+    assert torch.allclose(reg_loss, 1 - F.cosine_similarity(ours, theirs), atol=1e-6)
+
+
+def test_features_may_be_mimicked_before_their_relu() -> None:
+    student, teacher = head(0), head(1)
+    _, loss = mimic_losses(student, teacher, MimicConfig(before_relu=True))
+    assert torch.allclose(loss, 1 - F.cosine_similarity(student.feature, teacher.feature), atol=1e-6)
+
+
+def test_the_weights_rise_linearly_from_the_first_step_on() -> None:
+    config = MimicConfig(warmup_steps=3)
+    assert [warmup(step, config) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert warmup(0, MimicConfig()) == 1
 
 
 def test_centred_logits_do_not_see_a_shift() -> None:
@@ -38,7 +51,7 @@ def test_equal_heads_have_no_loss_and_opposite_ones_two() -> None:
     student = head(0)
     opposite = HeadOutput(-student.logits, student.deltas, -student.feature)
     for other, value in ((student, 0.0), (opposite, 2.0)):
-        for loss in mimic_losses(student, other, MimicConfig()):
+        for loss in mimic_losses(student, other, MimicConfig(before_relu=True)):
             assert loss.tolist() == pytest.approx([value] * 7, abs=1e-5)
 
 

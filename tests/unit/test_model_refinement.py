@@ -44,7 +44,7 @@ def losses(boxes: Tensor, crowd: Tensor, *, inside: tuple[int, int] = (SIZE, SIZ
 
 def test_positions_are_in_the_grids_order() -> None:
     torch.manual_seed(0)
-    module = Refinement(3)
+    module = Refinement(3, RefinementConfig())
     maps = [torch.randn(2, 3, SIZE >> level, SIZE >> level) for level in LEVELS]
     grid = make_grid(LEVELS, maps, 4)
     objectness, deltas = module(maps)
@@ -146,7 +146,7 @@ def test_proposals_are_greedy_nms_over_all_levels(nms_iou: float, num: int, pre:
         if all(iou(refined[p].tolist(), refined[q].tolist()) <= nms_iou for q in kept):
             kept.append(p)
     config = RefinementConfig(nms_iou=nms_iou, num_proposals=num, pre_nms_topk=pre)
-    answer = propose(objectness, refined, candidates, config)
+    answer = propose(objectness, refined, candidates, grid.level, config)
     assert answer.tolist() == kept[:num]
 
 

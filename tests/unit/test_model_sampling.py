@@ -52,7 +52,7 @@ def test_sample_keeps_its_quota_and_fills_with_negatives(state: str, key: int, n
     positive, negative = masks(state)
     rank = ranks(key, TEACHER, torch.arange(len(state)))
     chosen = sample(positive, negative, num, fraction, rank).tolist()
-    num_positive = min(state.count("+"), round(num * fraction))
+    num_positive = min(state.count("+"), max(1, round(num * fraction)))
     num_negative = min(state.count("-"), num - num_positive)
     assert len(chosen) == len(set(chosen))
     assert [state[i] for i in chosen] == ["+"] * num_positive + ["-"] * num_negative
@@ -118,5 +118,5 @@ def test_mining_takes_exactly_the_highest_losses(fraction: float | None, data: s
     if fraction is None:
         assert chosen == hardest("+-", num)
     else:
-        positives = hardest("+", round(num * fraction))
+        positives = hardest("+", max(1, round(num * fraction)))
         assert chosen == positives + hardest("-", num - len(positives))

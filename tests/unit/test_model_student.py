@@ -1,5 +1,7 @@
 """The S-head at chosen positions equals torchvision's dense deformable convolution at these positions."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,11 +9,12 @@ from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
 from mimicdet.anchors import Grid, decode, make_grid
-from mimicdet.config import StudentConfig
-from mimicdet.student import AdaptiveConv, Features, Student
+from mimicdet.config import ModelConfig, PyramidConfig, StudentConfig
+from mimicdet.student import AdaptiveConv, Features, HeadOutput, Student
 
-LEVELS = (3, 4, 5)
-SHAPES = ((5, 7), (3, 4), (1, 1))
+LEVELS = (3, 4, 5, 6, 7)
+SHAPES = ((5, 7), (3, 4), (2, 2), (1, 1), (1, 1))
+UNIT = (1.0, 1.0, 1.0, 1.0)
 NUM_IMAGES, CHANNELS = 2, 3
 NUM_POSITIONS = sum(height * width for height, width in SHAPES)
 
@@ -61,7 +64,7 @@ def offsets_of(kind: str, kernel_size: int) -> Tensor:
 @pytest.mark.parametrize("kind", ["zero", "random", "whole", "far"])
 def test_adaptive_conv_equals_dense_deformable_convolution(kernel_size: int, kind: str) -> None:
     torch.manual_seed(0)
-    conv = PlacedConv(CHANNELS, kernel_size, StudentConfig(offsets="none")).double()
+    conv = PlacedConv(CHANNELS, kernel_size, StudentConfig(offsets="none"), UNIT).double()
     nn.init.normal_(conv.bias)
     maps = random_maps(torch.float64)
     offsets = offsets_of(kind, kernel_size).requires_grad_()
@@ -82,9 +85,13 @@ def test_adaptive_conv_equals_dense_deformable_convolution(kernel_size: int, kin
         assert torch.allclose(mine, wanted, rtol=0, atol=1e-9)
 
 
-def random_student(**options) -> Student:
+def model(**options: Any) -> ModelConfig:
+    return ModelConfig(pyramid=PyramidConfig(channels=CHANNELS), student=StudentConfig(**options))
+
+
+def random_student(**options: Any) -> Student:
     torch.manual_seed(0)
-    student = Student(CHANNELS, 4, StudentConfig(head_width=6, offset_channels=(5, 7), **options))
+    student = Student(model(head_width=6, offset_channels=(5, 7), **options), 4)
     for sampler in student.samplers:
         if len(sampler.micro):
             nn.init.normal_(sampler.micro[-1].weight)
@@ -113,17 +120,44 @@ def test_student_equals_the_dense_head_of_the_paper() -> None:
         offsets = conv1x1(F.relu(conv1x1(x, sampler.micro[2])), sampler.micro[4])
         assert offsets.shape[1] == 2 * kernel_size**2
         hidden = F.relu(deform_conv2d(level, offsets, sampler.weight, sampler.bias, padding=kernel_size // 2))
-        features.append(F.relu(conv1x1(hidden, student.reg_hidden)))
-        deltas.append(conv1x1(features[-1], student.deltas))
+        features.append(conv1x1(hidden, student.reg_hidden))
+        deltas.append(conv1x1(F.relu(features[-1]), student.deltas))
         logits.append(conv1x1(F.relu(conv1x1(hidden, student.cls_hidden)), student.logits))
     for ours, dense in ((output.logits, logits), (output.deltas, deltas), (output.feature, features)):
         assert torch.allclose(ours, flat(dense)[image, position], rtol=1e-4, atol=1e-4)
     assert output.logits.shape == (60, 5)
 
 
+@pytest.mark.parametrize("offsets", ["learned", "analytic", "analytic_learned", "none"])
+@pytest.mark.parametrize("kernel_sizes", [(3, 5), (5,), (3, 3, 5, 5, 3)])
+def test_chosen_positions_equal_the_dense_mode(offsets: str, kernel_sizes: tuple[int, ...]) -> None:
+    student = random_student(offsets=offsets, kernel_sizes=kernel_sizes, detach_offsets=False).double()
+    maps = random_maps(torch.float64)
+    grid = make_grid(LEVELS, maps, 4)
+    refine = torch.randn(NUM_IMAGES, NUM_POSITIONS, 4, dtype=torch.float64).requires_grad_()
+    image, position = chosen_positions(60)
+    ours = student(Features.pack(maps), refine, grid, image, position)
+    dense = student.dense(maps, refine, grid)
+    theirs = HeadOutput(
+        *(rows[image * NUM_POSITIONS + position] for rows in (dense.logits, dense.deltas, dense.feature))
+    )
+    inputs = [*maps, refine, *student.parameters()]
+    gradients = []
+    for output in (ours, theirs):
+        total = output.logits.square().sum() + output.deltas.square().sum() + output.feature.square().sum()
+        gradients.append(torch.autograd.grad(total, inputs, allow_unused=True))
+    for mine, wanted in [(ours.logits, theirs.logits), (ours.deltas, theirs.deltas), (ours.feature, theirs.feature)]:
+        assert torch.allclose(mine, wanted, rtol=1e-9, atol=1e-9)
+    for mine, wanted in zip(*gradients, strict=True):
+        if mine is None or wanted is None:
+            assert mine is wanted
+        else:
+            assert torch.allclose(mine, wanted, rtol=1e-9, atol=1e-9)
+
+
 def test_training_starts_from_a_plain_convolution() -> None:
     torch.manual_seed(0)
-    conv = AdaptiveConv(CHANNELS, 3, StudentConfig())
+    conv = AdaptiveConv(CHANNELS, 3, StudentConfig(), UNIT)
     maps = random_maps(torch.float32)
     grid = make_grid(LEVELS, maps, 4)
     image, position = chosen_positions(40)
@@ -134,7 +168,7 @@ def test_training_starts_from_a_plain_convolution() -> None:
 
 @pytest.mark.parametrize("kernel_size", [3, 5])
 def test_analytic_taps_span_the_refined_box(kernel_size: int) -> None:
-    conv = AdaptiveConv(CHANNELS, kernel_size, StudentConfig(offsets="analytic"))
+    conv = AdaptiveConv(CHANNELS, kernel_size, StudentConfig(offsets="analytic"), UNIT)
     grid = make_grid(LEVELS, random_maps(torch.float32), 4)
     position = torch.tensor([0, 10, 34, 36, NUM_POSITIONS - 1])
     deltas = torch.randn(len(position), 4) * 0.3
@@ -154,8 +188,8 @@ def test_analytic_taps_span_the_refined_box(kernel_size: int) -> None:
 def test_analytic_residual_starts_at_zero_and_adds() -> None:
     grid = make_grid(LEVELS, random_maps(torch.float32), 4)
     position, deltas = torch.arange(10), torch.randn(10, 4)
-    analytic = AdaptiveConv(CHANNELS, 3, StudentConfig(offsets="analytic")).points(deltas, grid, position)
-    conv = AdaptiveConv(CHANNELS, 3, StudentConfig(offsets="analytic_learned"))
+    analytic = AdaptiveConv(CHANNELS, 3, StudentConfig(offsets="analytic"), UNIT).points(deltas, grid, position)
+    conv = AdaptiveConv(CHANNELS, 3, StudentConfig(offsets="analytic_learned"), UNIT)
     assert torch.equal(conv.points(deltas, grid, position), analytic)
     nn.init.constant_(conv.micro[-1].bias, 0.5)
     assert torch.allclose(conv.points(deltas, grid, position), analytic + 0.5)
@@ -163,7 +197,7 @@ def test_analytic_residual_starts_at_zero_and_adds() -> None:
 
 @pytest.mark.parametrize("offsets", ["analytic", "none"])
 def test_fixed_offsets_have_no_micro_network(offsets: str) -> None:
-    student = Student(CHANNELS, 4, StudentConfig(offsets=offsets))
+    student = Student(model(offsets=offsets), 4)
     assert not [name for name, _ in student.named_parameters() if "micro" in name]
 
 

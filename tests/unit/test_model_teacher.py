@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from mimicdet.config import TeacherConfig
+from mimicdet.config import ModelConfig, PyramidConfig, StudentConfig, TeacherConfig
 from mimicdet.student import HeadOutput
 from mimicdet.teacher import Teacher, head_losses
 
@@ -17,7 +17,14 @@ CHANNELS = 3
 
 def teacher(**options) -> Teacher:
     torch.manual_seed(0)
-    return Teacher(CHANNELS, 6, 4, TeacherConfig(pooled_size=3, **{"num_convs": 1, **options}))
+    return Teacher(
+        ModelConfig(
+            pyramid=PyramidConfig(channels=CHANNELS),
+            student=StudentConfig(head_width=6),
+            teacher=TeacherConfig(pooled_size=3, **{"num_convs": 1, **options}),
+        ),
+        4,
+    )
 
 
 def boxes_on_levels() -> tuple[Tensor, Tensor, Tensor]:
@@ -36,7 +43,7 @@ def test_boxes_are_evaluated_as_one_by_one() -> None:
         pooled = roi_align(own, [boxes[i : i + 1]], 3, 1 / 2 ** int(level[i]), sampling_ratio=2, aligned=True)
         feature = head.reg_hidden(pooled)
         assert torch.allclose(output.feature[i], feature[0], atol=1e-5)
-        assert torch.allclose(output.deltas[i], head.deltas(feature)[0], atol=1e-5)
+        assert torch.allclose(output.deltas[i], head.deltas(feature.relu())[0], atol=1e-5)
         assert torch.allclose(output.logits[i], head.logits(head.cls_hidden(pooled))[0], atol=1e-5)
 
 

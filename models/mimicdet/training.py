@@ -1,0 +1,123 @@
+"""Which refined boxes the heads learn from, and what they are charged for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mimicdet.anchors import encode
+from mimicdet.assignment import Assignment, assign_proposals
+from mimicdet.config import StudentConfig, TeacherConfig
+from mimicdet.interface import Targets
+from mimicdet.sampling import STUDENT, TEACHER, mine, priority, sample
+from mimicdet.shared import Shared
+from mimicdet.student import HeadOutput
+from mimicdet.teacher import head_losses
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Refined boxes of a batch, ordered by image, with what each is assigned to. All (n,)."""
+
+    image: Tensor
+    position: Tensor
+    matched: Tensor
+    positive: Tensor
+    negative: Tensor
+
+    @classmethod
+    def of(cls, image: int, position: Tensor, assignment: Assignment) -> Boxes:
+        """Boxes of one image at `position` (n,)."""
+        return cls(
+            torch.full_like(position, image),
+            position,
+            assignment.matched,
+            assignment.positive,
+            assignment.negative,
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Boxes]) -> Boxes:
+        """Join the boxes of several images, which follow each other."""
+        columns = zip(*((p.image, p.position, p.matched, p.positive, p.negative) for p in parts), strict=True)
+        return cls(*(torch.cat(column) for column in columns))
+
+    def take(self, index: Tensor) -> Boxes:
+        """Those at `index` (m,)."""
+        return Boxes(
+            self.image[index],
+            self.position[index],
+            self.matched[index],
+            self.positive[index],
+            self.negative[index],
+        )
+
+    def sizes(self, num_images: int) -> list[int]:
+        """How many of the boxes belong to each image."""
+        return torch.bincount(self.image, minlength=num_images).tolist()
+
+
+@torch.no_grad()
+def match(image: int, proposals: Tensor, shared: Shared, target: Mapping[str, Tensor], iou_threshold: float) -> Boxes:
+    """All proposals (R,) of one image, assigned to its ground truth."""
+    refined = shared.refined[image, proposals]
+    return Boxes.of(image, proposals, assign_proposals(refined, target["boxes"], target["iscrowd"], iou_threshold))
+
+
+def sample_rois(pool: Boxes, num: int, key: Tensor, config: TeacherConfig) -> Tensor:
+    """Index (m,) into one image's proposals: a random sample of `num`, positives to negatives as configured.
+
+    With the same key, a smaller sample is part of a larger one.
+    """
+    priorities = priority(key, TEACHER, pool.position)
+    return sample(pool.positive, pool.negative, num, config.positive_fraction, priorities)
+
+
+def mining_rank(
+    losses: tuple[Tensor, Tensor], pools: Sequence[Boxes], targets: Targets, config: StudentConfig
+) -> list[Tensor]:
+    """What the student's boxes are mined by, (R,) of each image, from their classification and box losses."""
+    if config.mining == "random":
+        return [priority(t["key"], STUDENT, pool.position) for pool, t in zip(pools, targets, strict=True)]
+    cls_loss, box_loss = losses
+    rank = cls_loss if config.mining == "cls" else cls_loss + box_loss
+    return list(rank.split([len(pool.image) for pool in pools]))
+
+
+def mine_boxes(pools: Sequence[Boxes], ranks: Sequence[Tensor], config: StudentConfig) -> Boxes:
+    """Each image's hardest boxes."""
+    return Boxes.concatenate(
+        [
+            pool.take(mine(pool.positive, pool.negative, config.num_samples, config.positive_fraction, rank))
+            for pool, rank in zip(pools, ranks, strict=True)
+        ]
+    )
+
+
+def box_losses(
+    output: HeadOutput,
+    boxes: Boxes,
+    shared: Shared,
+    targets: Targets,
+    box_std: Sequence[float],
+    num_classes: int,
+) -> tuple[Tensor, Tensor]:
+    """Classification and box loss (n,) of a head's answer for n boxes of the batch."""
+    sizes = boxes.sizes(len(targets))
+    labels, wanted = [], []
+    for target, matched in zip(targets, boxes.matched.split(sizes), strict=True):
+        # A row of its own behind the ground truth keeps the lookup valid for images without objects.
+        labels.append(torch.cat([target["labels"], target["labels"].new_zeros(1)])[matched])
+        wanted.append(torch.cat([target["boxes"], target["boxes"].new_tensor([[0, 0, 1, 1]])])[matched])
+    label = torch.where(boxes.positive, torch.cat(labels), num_classes)
+    refined = shared.refined[boxes.image, boxes.position]
+    return head_losses(output, label, encode(torch.cat(wanted), refined, box_std), num_classes)
+
+
+def mean_per_image(values: Tensor, image: Tensor, num_images: int) -> Tensor:
+    """Mean (N,) of values (n,) over each image's boxes; zero, attached to the graph, where it has none."""
+    total = values.new_zeros(num_images).index_add(0, image, values)
+    return total / torch.bincount(image, minlength=num_images).clamp(min=1)
