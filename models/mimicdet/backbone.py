@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
-from mimicdet.config import BackboneConfig
+from mimicdet.config import BackboneConfig, is_published_name
 from mimicdet.weights import LoadReport, load_matching, load_tensors
 
 C_LEVELS = (2, 3, 4, 5)
@@ -67,11 +66,6 @@ class Backbone(nn.Module):
         return features
 
 
-def is_published_name(weights: str) -> bool:
-    """Whether `weights` names something that torchvision publishes, as IMAGENET1K_V2, rather than a file."""
-    return re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", weights) is not None
-
-
 def group_norm(channels: int) -> nn.GroupNorm:
     """Normalise in groups of 8 channels, at most 32 groups (Wu and He 2018: 32 groups at 256 channels)."""
     return nn.GroupNorm(math.gcd(min(32, max(1, channels // 8)), channels), channels)
@@ -88,8 +82,8 @@ def _load(net: nn.Module, name: str, weights: str) -> LoadReport:
     if not is_published_name(weights):
         return load_matching(net, weights, ignore=CLASSIFIER)
     published = torchvision.models.get_model_weights(name)
+    known = ", ".join(member.name for member in published)
     if weights not in published.__members__:
-        known = ", ".join(published.__members__)
         raise ValueError(f"weights {weights}: torchvision publishes no such weights of {name}, expected one of {known}")
     try:
         tensors = published[weights].get_state_dict(progress=False, check_hash=True, weights_only=True)

@@ -6,6 +6,7 @@ Sources are given as in the reading record of the paper (arXiv 2009.11528): (pap
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar, Literal
@@ -17,6 +18,11 @@ _STRICT: dict[str, object] = {"extra": "forbid"}
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def is_published_name(weights: str) -> bool:
+    """Whether `weights` names something that torchvision publishes, as IMAGENET1K_V2, rather than a file."""
+    return re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", weights) is not None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ class MimicDet(Detector):
     drawn from torch's generator where absent.
     """
 
+    class_layers = ("student.logits.", "teacher.logits.")
     mean: Tensor
     std: Tensor
 
@@ -52,6 +53,7 @@ class MimicDet(Detector):
         self.config = config
         self.num_classes = num_classes
         self.backbone = Backbone(config.backbone, pretrained=pretrained)
+        self.backbone_report = self.backbone.report
         # Without a teacher nobody reads the levels below the student's.
         levels = config.pyramid if config.teacher.enabled else replace(config.pyramid, stagger=0)
         self.pyramid = Pyramid(self.backbone.channels, levels)

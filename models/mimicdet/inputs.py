@@ -97,7 +97,8 @@ def complete(target: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
     full["boxes"] = full["boxes"].to(like.dtype)
     full["labels"] = full["labels"].long()
     full["iscrowd"] = full.get("iscrowd", torch.zeros_like(full["labels"])).bool()
-    full.setdefault("key", torch.randint(1 << 62, (), device=like.device))
+    if "key" not in full:  # else torch's generator stays as it is
+        full["key"] = torch.randint(1 << 62, (), device=like.device)
     return full
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
+
+from mimicdet.weights import LoadReport
 
 Targets = Sequence[Mapping[str, Tensor]]
 """One dict per image: boxes (M, 4) xyxy pixels, labels (M,) from 0; optional iscrowd (M,) and key, see MimicDet."""
@@ -29,7 +32,15 @@ class LossTerms:
 
 
 class Detector(nn.Module):
-    """A detector that can be trained and scored by the engine."""
+    """A detector that can be trained and scored by the engine.
+
+    Attributes:
+        class_layers: prefixes of the parameters whose shape or meaning depends on the classes.
+        backbone_report: what loading the backbone's weights did; None where nothing was loaded.
+    """
+
+    class_layers: ClassVar[tuple[str, ...]] = ()
+    backbone_report: LoadReport | None = None
 
     @abstractmethod
     def loss_terms(

@@ -48,7 +48,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         try:
             # weights_only: a pickle runs what it holds; this reads tensors and refuses the rest.
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
             reason = str(error).strip().splitlines()
             raise ValueError(
                 f"weights {path}: not a file of tensors alone ({reason[0] if reason else type(error).__name__})"

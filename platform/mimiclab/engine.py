@@ -183,7 +183,9 @@ def build_optimizer(detector: Detector, config: OptimConfig) -> torch.optim.Opti
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+        # torch 2.15: where fp16 skips the first step, the fused form keeps a momentum of uninitialised memory.
+        fused = config.precision != "fp16"
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 

@@ -1,4 +1,4 @@
-"""COCO metrics of both heads, by pycocotools."""
+"""COCO metrics of every head, by pycocotools."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Detections = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics such as `student/AP`, `teacher/AP50`, `gap/AP`, and each head's detections (n, 7)."""
+    """Metrics such as `student/AP`, `teacher/AP50`, with a teacher `gap/AP`; each head's detections (n, 7)."""
 
     metrics: dict[str, float]
     detections: dict[str, Detections]

@@ -11,7 +11,7 @@ _TITLES = {"student_topk": "student, teacher's boxes"}
 
 
 def heads_table(metrics: Mapping[str, float], title: str) -> Table:
-    """Every head in a column, and the gap: teacher minus student on the same boxes; a row per metric and class."""
+    """Every head in a column, a row per metric and class; the gap is teacher minus student on the same boxes."""
     heads = list(dict.fromkeys(name.split("/")[0] for name in metrics if name.endswith("/AP")))
     heads = [head for head in heads if head not in ("gap", "best")]
     compared = "student_topk" if "student_topk" in heads else "student"

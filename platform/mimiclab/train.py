@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from mimicdet.config import is_published_name
 from mimiclab import runs
 from mimiclab.errors import UserError
 from mimiclab.experiment import flatten, identity, resolved_yaml
@@ -51,6 +52,7 @@ def train(
     verbose: bool = False,
     tags: Mapping[str, str] | None = None,
     callbacks: Sequence[UserCallback] = (),
+    splits: Splits | None = None,
 ) -> Run:
     """Train an experiment to its end, from its last checkpoint where it was begun before.
 
@@ -62,33 +64,25 @@ def train(
         verbose: let Ray talk.
         tags: more tags of the MLflow run, as the parent that it is shown under.
         callbacks: of Ray Train; they hear of every evaluation.
+        splits: what `check` gave for this experiment, or for one that differs in name and seed only.
 
     Raises:
         UserError: anything that the user can mend, found before a worker starts wherever possible.
         KeyboardInterrupt: the run is recorded as killed; the same command goes on from its last checkpoint.
     """
-    from mimiclab.build import build_detector
     from mimiclab.data.coco import content_hash
-    from mimiclab.data.dataset import check_images
-    from mimiclab.data.splits import read_splits
 
-    tracking.check_tracking(experiment.where.tracking)
+    if splits is None:
+        splits = check(experiment, console)
     uri = tracking.absolute_uri(experiment.where.tracking)
-    located = _located(experiment)
-    splits = read_splits(located.data)
-    _announce(splits, console)
-    for split in (splits.train, splits.val):
-        if len(split.images) <= DECODE_AHEAD:
-            check_images(split)
-    # Built once here, so that weights that do not fit are found before workers start.
-    build_detector(located.model, splits.train.classes)
     runs.check(experiment, fresh=fresh)
-    before = None if fresh else runs.read(runs.folder_of(experiment))
-    if before is not None and before.status == "finished" and _is_complete(before, experiment, splits):
+    before = None if fresh else complete(experiment, splits)
+    if before is not None:
         _send_rest(before)
         console.print(f"run {experiment.name} is complete already; --fresh starts it anew", highlight=False)
         return before
 
+    located = _located(experiment)
     with ray_session(address, experiment.scale, verbose=verbose):
         # Nothing is made or removed before the cluster has answered and is large enough.
         folder = runs.prepare(experiment, fresh=fresh)
@@ -126,6 +120,51 @@ def train(
             run = run.with_status(status)
             tracking.end_run(uri, mlflow_run_id, _MLFLOW_STATUS[status])
     return run
+
+
+def check(experiment: Experiment, console: Console) -> Splits:
+    """Look for mistakes in what an experiment names, its tracking, data and weights, and say what data there is.
+
+    Raises:
+        UserError: one was found.
+    """
+    from mimiclab.build import build_detector
+    from mimiclab.data.dataset import check_images
+    from mimiclab.data.splits import read_splits
+
+    tracking.check_tracking(experiment.where.tracking)
+    located = _located(experiment)
+    splits = read_splits(located.data)
+    _announce(splits, console)
+    for split in (splits.train, splits.val):
+        if len(split.images) <= DECODE_AHEAD:
+            check_images(split)
+    # Built once here, so that weights that do not fit are found before workers start.
+    build_detector(
+        located.model,
+        splits.train.classes,
+        say=lambda text: console.print(f"weights: {text}", highlight=False, markup=False),
+    )
+    return splits
+
+
+def complete(experiment: Experiment, splits: Splits) -> Run | None:
+    """The run of an experiment if it was trained to its end, else None."""
+    from mimiclab import checkpoint
+
+    run = runs.read(runs.folder_of(experiment))
+    if run is None or run.status != "finished":
+        return None
+    newest = checkpoint.latest(run.checkpoints, warn=lambda _: None)
+    return run if newest is not None and newest.step >= num_steps(experiment, splits) else None
+
+
+def num_steps(experiment: Experiment, splits: Splits) -> int:
+    """How many training steps an experiment takes on its data."""
+    from mimiclab.data.order import Order
+
+    order = Order(len(splits.train.images), experiment.optim.global_batch, experiment.seed)
+    return order.num_steps(experiment.optim.epochs)
 
 
 _MLFLOW_STATUS: Mapping[runs.Status, Any] = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
@@ -211,7 +250,7 @@ def _located(experiment: Experiment) -> Experiment:
     from mimiclab.data.splits import locate
 
     def absolute(path: str | None) -> str | None:
-        return None if path is None else str(Path(path).absolute())
+        return path if path is None or is_published_name(path) else str(Path(path).absolute())
 
     model = experiment.model
     backbone = replace(model.backbone, weights=absolute(model.backbone.weights))
@@ -233,12 +272,3 @@ def _announce(splits: Splits, console: Console) -> None:
         if len(lines) > MAX_NOTES:
             console.print(f"  and {len(lines) - MAX_NOTES} more", highlight=False)
     console.print(f"classes: {', '.join(splits.train.classes)}", highlight=False)
-
-
-def _is_complete(run: Run, experiment: Experiment, splits: Splits) -> bool:
-    from mimiclab import checkpoint
-    from mimiclab.data.order import Order
-
-    newest = checkpoint.latest(run.checkpoints, warn=lambda _: None)
-    order = Order(len(splits.train.images), experiment.optim.global_batch, experiment.seed)
-    return newest is not None and newest.step >= order.num_steps(experiment.optim.epochs)

@@ -50,16 +50,35 @@ def test_weights_of_a_run_are_where_the_next_one_starts(trained):
 
 
 @pytest.mark.parametrize("classes", [["cat"], ["dog", "cat"], ["cat", "dog", "cow"]])
-def test_weights_of_other_classes_are_refused_with_both_lists(trained, classes):
-    _, path = trained
+def test_a_detector_of_other_classes_gives_all_but_its_class_layers(trained, classes):
+    state, path = trained
+    torch.manual_seed(2)
+    said = []
 
-    with pytest.raises(UserError) as caught:
-        build_detector(replace(TINY, weights=str(path)), classes)
+    detector = build_detector(replace(TINY, weights=str(path)), classes, say=said.append)
 
-    assert str(caught.value) == (
-        f"model.weights: {path} is trained for 2 classes (cat, dog), "
-        f"expected the data's {len(classes)} ({', '.join(classes)})"
+    torch.manual_seed(2)
+    random = build_detector(TINY, classes).state_dict()
+    new = {name for name, tensor in detector.state_dict().items() if torch.equal(tensor, random[name])}
+    for name, tensor in detector.state_dict().items():
+        if name.startswith(("student.logits.", "teacher.logits.")):
+            assert torch.equal(tensor, random[name]), name
+        else:
+            assert torch.equal(tensor, state[name]), name
+    assert {"student.logits.weight", "teacher.logits.weight"} <= new
+    (line,) = said
+    assert line.startswith(f"{path}: {len(state) - 4} tensors loaded; ")
+    assert line.endswith(
+        "4 not loaded (student.logits.weight, student.logits.bias, teacher.logits.weight, ...): trained for the "
+        f"classes cat, dog, the data's are {', '.join(classes)}"
     )
+
+
+def test_the_same_classes_take_everything_and_say_so(trained):
+    state, path = trained
+    said = []
+    build_detector(replace(TINY, weights=str(path)), ["cat", "dog"], say=said.append)
+    assert said == [f"{path}: {len(state)} tensors loaded"]
 
 
 def test_weights_of_another_model_are_refused_with_what_does_not_fit(trained):

@@ -60,6 +60,69 @@ def test_channels_and_strides(name: str, width: int) -> None:
         assert feature.shape == (1, backbone.channels[level], 64 >> level, 96 >> level)
 
 
+@pytest.mark.parametrize(
+    ("name", "num_parameters", "channels"),
+    [
+        # torchvision's published counts, less the classifier's.
+        ("resnet34", 21_797_672 - 513_000, (64, 128, 256, 512)),
+        ("resnet101", 44_549_160 - 2_049_000, (256, 512, 1024, 2048)),
+        ("resnext101_32x8d", 88_791_336 - 2_049_000, (256, 512, 1024, 2048)),
+        ("resnext101_64x4d", 83_455_272 - 2_049_000, (256, 512, 1024, 2048)),
+    ],
+)
+def test_deep_networks(name: str, num_parameters: int, channels: tuple[int, ...]) -> None:
+    with torch.device("meta"):
+        backbone = Backbone(BackboneConfig(name=name))
+        features = backbone(torch.zeros(1, 3, 64, 96))
+    assert sum(p.numel() for p in backbone.parameters()) == num_parameters
+    assert [f.shape for f in features.values()] == [(1, c, 64 >> i, 96 >> i) for i, c in enumerate(channels, 2)]
+
+
+def test_statistics_of_frozen_stages_stay(published: dict[str, tuple[nn.Module, Path]]) -> None:
+    _, path = published["resnet18"]
+    backbone = Backbone(BackboneConfig(name="resnet18", weights=str(path), norm="sync_bn")).train()
+    norms = [[m for m in stage.modules() if isinstance(m, nn.SyncBatchNorm)] for stage in backbone.stages]
+    assert all(norms)
+    assert [{norm.training for norm in stage} for stage in norms] == [{False}, {False}, {True}, {True}, {True}]
+    assert not [m for m in backbone.eval().modules() if m.training]
+
+
+def test_published_weights_are_taken_by_name(
+    published: dict[str, tuple[nn.Module, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From torch's cache, as after a first download."""
+    net, path = published["resnet18"]
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
+    cached = tmp_path / "hub" / "checkpoints" / url.rpartition("/")[2]
+    cached.parent.mkdir(parents=True)
+    torch.save(net.state_dict(), cached)
+    named = Backbone(BackboneConfig(name="resnet18", weights="IMAGENET1K_V1"))
+    local = Backbone(BackboneConfig(name="resnet18", weights=str(path)))
+    assert all(torch.equal(a, b) for a, b in zip(named.parameters(), local.parameters(), strict=True))
+    assert named.report is not None
+    assert set(named.report.skipped.values()) == {"no such layer here", "a counter"}
+    assert "fc.weight, fc.bias" in str(named.report)
+
+
+def test_published_weights_that_cannot_be_had_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for variable in ("https_proxy", "HTTPS_PROXY"):  # nobody listens there
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="weights IMAGENET1K_V1 of resnet18 cannot be downloaded: "):
+        Backbone(BackboneConfig(name="resnet18", weights="IMAGENET1K_V1"))
+    with pytest.raises(ValueError, match=r"no such weights of resnet18, expected one of IMAGENET1K_V1$"):
+        Backbone(BackboneConfig(name="resnet18", weights="IMAGENET1K_V2"))
+
+
+def test_weights_of_another_network_are_refused(published: dict[str, tuple[nn.Module, Path]]) -> None:
+    _, path = published["resnet18"]
+    with pytest.raises(ValueError, match=r"resnet18\.safetensors do not fit ResNet: .* keys are missing"):
+        Backbone(BackboneConfig(name="resnet34", weights=str(path)))
+    with pytest.raises(ValueError, match=r"resnet18\.safetensors do not fit MobileNetV2"):
+        Backbone(BackboneConfig(name="mobilenet_v2", weights=str(path)))
+
+
 def test_a_narrow_resnet_has_a_full_stem_and_narrow_stages() -> None:
     narrow, full = (Backbone(BackboneConfig(name="resnet18", width=width)) for width in (16, 64))
     stem, *stages = narrow.stages

@@ -11,7 +11,6 @@ from mimicdet.config import (
     InferenceConfig,
     MimicConfig,
     ModelConfig,
-    ModelConfig,
     PyramidConfig,
     RefinementConfig,
     StudentConfig,

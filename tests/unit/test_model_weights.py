@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mimicdet.backbone import Backbone
 from mimicdet.config import BackboneConfig
-from mimicdet.weights import load_matching
+from mimicdet.weights import load_matching, read_weights
 
 
 def network(width: int = 4) -> nn.Module:
@@ -73,6 +73,75 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message) as error:
             load_matching(network(), path)
         assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pt"])
+def test_torchs_own_files_are_read(tmp_path: Path, suffix: str) -> None:
+    source, target = network(), network()
+    torch.save(source.state_dict(), tmp_path / f"net.{suffix}")
+    load_matching(target, tmp_path / f"net.{suffix}")
+    for key, value in source.state_dict().items():
+        assert torch.equal(target.state_dict()[key], value), key
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
+    torch.save({"0.weight": Bomb(tmp_path / "ran")}, tmp_path / "bomb.pth")
+    with pytest.raises(ValueError, match=r"bomb\.pth: not a file of tensors alone"):
+        load_matching(network(), tmp_path / "bomb.pth")
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "bomb.pth", weights_only=False)
+    assert (tmp_path / "ran").exists()  # it would have
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ([torch.zeros(1)], "a list"),
+        ({"model": {"0.weight": torch.zeros(1)}}, "a dict at 'model'"),
+        ({"a": torch.zeros(1), "epoch": 3}, "a int at 'epoch'"),
+    ],
+)
+def test_a_file_of_anything_else_than_named_tensors_is_refused(tmp_path: Path, content: object, found: str) -> None:
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=f"other.pth: expected tensors by name, found {found}"):
+        read_weights(tmp_path / "other.pth")
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    torch.save(network().state_dict(), tmp_path / "net.pth")
+    whole = (tmp_path / "net.pth").read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"text"):
+        (tmp_path / "net.pth").write_bytes(content)
+        with pytest.raises(ValueError, match=r"net\.pth: not a file of tensors alone"):
+            load_matching(network(), tmp_path / "net.pth")
+
+
+def test_the_report_says_what_was_left_out_and_why(tmp_path: Path) -> None:
+    source, target = network(5), network(5)
+    tensors = {**source.state_dict(), "fc.weight": torch.zeros(2), "fc.bias": torch.zeros(2)}
+    tensors["1.weight"] = torch.zeros(9)  # another shape, of a layer that is kept
+    kept = target[1].weight.clone()
+    report = load_matching(
+        target, save(tmp_path / "a.safetensors", tensors), ignore=("fc.",), keep={"1.weight": "of other classes"}
+    )
+    assert torch.equal(target[0].weight, source[0].weight)
+    assert torch.equal(target[1].weight, kept)
+    assert report.kept == {"1.weight": "of other classes"}
+    assert set(report.skipped) == {"fc.weight", "fc.bias", "1.weight"}
+    assert str(report) == (
+        "6 tensors loaded; 1 of the file left out (1.weight): of other classes; "
+        "2 of the file left out (fc.bias, fc.weight): no such layer here; 1 not loaded (1.weight): of other classes"
+    )
 
 
 def test_weights_of_another_norm_are_refused(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mimicdet.config import is_published_name
 from mimiclab import runs
 from mimiclab.cluster import package
 from mimiclab.cluster.server import is_this_machine, resources
@@ -235,4 +236,4 @@ def _job(details: Any) -> Job:
 def _has_relative_paths(experiment: Experiment) -> bool:
     values = flatten(experiment)
     paths = (str(values[key]).removeprefix("sqlite:///") for key in PATH_KEYS if values.get(key) is not None)
-    return any("://" not in path and not Path(path).is_absolute() for path in paths)
+    return any("://" not in path and not Path(path).is_absolute() and not is_published_name(path) for path in paths)
