@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
     from mimiclab.cluster.state import LocalCluster
+    from mimiclab.experiment import LoadedExperiment
     from mimiclab.schema import Experiment
 
 app = typer.Typer(
@@ -88,13 +89,21 @@ def train(
     experiment: ExperimentFile,
     overrides: Overrides = None,
     address: Address = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Train N runs, of its seed and those after it; show means and 95 % intervals."),
+    ] = None,
     fresh: Fresh = False,
     verbose: Verbose = False,
 ) -> None:
     """Train an experiment; the same command goes on where it was."""
     from mimiclab.experiment import load_experiment
 
-    _train(load_experiment(experiment, overrides or ()).experiment, address, fresh, verbose)
+    loaded = load_experiment(experiment, overrides or ())
+    if seeds is None:
+        _train(loaded.experiment, address, fresh, verbose)
+    else:
+        _train_seeds(loaded, seeds, address, fresh, verbose)
 
 
 @app.command()
@@ -122,6 +131,15 @@ def _train(experiment: Experiment, address: str | None, fresh: bool, verbose: bo
     console = Console(soft_wrap=True, markup=False)
     run = train(experiment, console=console, address=address, fresh=fresh, verbose=verbose)
     show_result(run, experiment, console)
+
+
+def _train_seeds(loaded: LoadedExperiment, num: int, address: str | None, fresh: bool, verbose: bool) -> None:
+    from rich.console import Console
+
+    from mimiclab.seeds import train_seeds
+
+    console = Console(soft_wrap=True, markup=False)
+    train_seeds(loaded, num, console=console, address=address, fresh=fresh, verbose=verbose)
 
 
 @app.command()

@@ -1,21 +1,27 @@
 """A search in MLflow: a parent run that tells of the search, and a child run for each trial."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from mimiclab.tracking.client import connect
+from mimiclab.tracking.parents import KIND_TAG, NOTE_TAG, PARENT_TAG, Status, end_parent, open_parent
 from mimiclab.tracking.protocol import as_key
-from mimiclab.tracking.runs import open_run
 
-PARENT_TAG = "mlflow.parentRunId"
+__all__ = [
+    "OUTCOME_TAG",
+    "PARENT_TAG",
+    "Search",
+    "Status",
+    "end_search",
+    "end_trial",
+    "newest_search",
+    "open_search",
+]
+
 OUTCOME_TAG = "trial.outcome"
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
-
 _ERROR_TAG = "trial.error"
-_KIND_TAG = "mimiclab.kind"
 _BEST_TAG = "search.best_trial"
-_NOTE_TAG = "mlflow.note.content"
 
 
 class Search(NamedTuple):
@@ -28,8 +34,8 @@ class Search(NamedTuple):
 
 
 def open_search(uri: str, project: str, name: str, identity: str, params: Mapping[str, str], note: str) -> str:
-    """Find or start the parent run of a search, as `open_run` does; `note` is its description, in Markdown."""
-    return open_run(uri, project, name, identity, params, tags={_KIND_TAG: "search", _NOTE_TAG: note})
+    """Find or start the parent run of a search, as `open_parent` does; `note` is its description, in Markdown."""
+    return open_parent(uri, project, "search", name, identity, params, note)
 
 
 def end_search(uri: str, run_id: str, status: Status, best: tuple[str, str, float] | None, note: str) -> None:
@@ -43,13 +49,14 @@ def end_search(uri: str, run_id: str, status: Status, best: tuple[str, str, floa
         note: The parent's new description, in Markdown.
     """
     client = connect(uri)
-    client.set_tag(run_id, _NOTE_TAG, note)
+    client.set_tag(run_id, NOTE_TAG, note)
+    metrics = {}
     if best is not None:
         name, metric, value = best
         client.set_tag(run_id, _BEST_TAG, name)
         # A class name in a metric may hold any character.
-        client.log_metric(run_id, "/".join(["best", *map(as_key, metric.split("/", 2))]), value)
-    client.set_terminated(run_id, status=status)
+        metrics["/".join(["best", *map(as_key, metric.split("/", 2))])] = value
+    end_parent(uri, run_id, status, metrics)
 
 
 def end_trial(
@@ -73,7 +80,7 @@ def newest_search(uri: str, project: str) -> Search | None:
     if experiment is None:
         return None
     where, order = [experiment.experiment_id], ["attributes.start_time DESC"]
-    parents = client.search_runs(where, f"tags.`{_KIND_TAG}` = 'search'", order_by=order, max_results=1)
+    parents = client.search_runs(where, f"tags.`{KIND_TAG}` = 'search'", order_by=order, max_results=1)
     if not parents:
         return None
     parent = parents[0].info
