@@ -63,11 +63,18 @@ class Resize(_Section):
 
     short: PositiveInt = 800
     long: PositiveInt = 1333
+    train_short: tuple[PositiveInt, PositiveInt] | None = None
+    """Lowest and highest: each training sample draws a `short` of its own from this range. Null is `short` for all."""
 
     @model_validator(mode="after")
     def _check(self) -> Resize:
         if self.short > self.long:
             raise ValueError(f"short must not be above long, found short {self.short} and long {self.long}")
+        if self.train_short and not self.train_short[0] <= self.train_short[1] <= self.long:
+            raise ValueError(
+                "train_short must be the lowest and the highest short side, neither above long, found train_short "
+                f"{list(self.train_short)} and long {self.long}"
+            )
         return self
 
 
@@ -197,6 +204,11 @@ class Experiment(_Section):
                 "every worker needs an image of each step: optim.global_batch must be at least "
                 f"scale.workers, found optim.global_batch {self.optim.global_batch} "
                 f"and scale.workers {self.scale.workers}"
+            )
+        if self.model.backbone.norm == "sync_bn" and not self.scale.gpu:
+            raise ValueError(
+                "model.backbone.norm: sync_bn works on GPUs only, found scale.gpu false; expected scale.gpu true, "
+                "or the norm frozen_bn or group_norm"
             )
         if self.search and self.search.grace_period > self.optim.epochs:
             raise ValueError(

@@ -84,7 +84,7 @@ def work(job: Job) -> None:
     batches = TrainBatches(
         splits.train,
         order,
-        short=experiment.data.resize.short,
+        short=experiment.data.resize.train_short or experiment.data.resize.short,
         long=experiment.data.resize.long,
         flip=experiment.data.flip,
         rank=rank,
@@ -246,7 +246,7 @@ class _Leader:
 
 
 def validation_pictures(dataset: CocoDataset, evaluation: Evaluation, num: int) -> dict[str, Image]:
-    """Pictures of `num` fixed images, spread over the set: ground truth, student and teacher side by side."""
+    """Pictures of `num` fixed images, spread over the set: ground truth and every head side by side."""
     pictures = {}
     for index in sorted({int(i) for i in np.linspace(0, len(dataset.images) - 1, num)}) if num else ():
         record = dataset.images[index]

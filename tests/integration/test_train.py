@@ -103,7 +103,7 @@ def test_two_workers_take_the_steps_of_one(finished: runs.Run, root: Path) -> No
         num_steps=NUM_STEPS,
         steps_per_epoch=len(splits.train.images) / experiment.optim.global_batch,
     )
-    batches = TrainBatches(splits.train, order, short=64, long=64, flip=experiment.data.flip, rank=0, world=1)
+    batches = TrainBatches(splits.train, order, short=(56, 64), long=64, flip=experiment.data.flip, rank=0, world=1)
     for step in range(3):
         means = engine.train_step(batches[step])
         for name, value in means.items():

@@ -1,5 +1,6 @@
 """Batches are a function of the step: not of the workers, the loader, or what came before."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 from mimiclab.data.coco import CocoDataset, read_coco
 from mimiclab.data.dataset import EvalBatches, TrainBatches, read_image, scale_boxes
 from mimiclab.data.order import Order, sample_key
-from mimiclab.data.transforms import resized_size
+from mimiclab.data.transforms import draw_short, padded_size, resized_size
 from mimiclab.engine import Batch
 from mimiclab.errors import UserError
 
@@ -41,9 +42,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
     return read_coco(path, root)
 
 
-def train_batches(dataset: CocoDataset, rank: int = 0, world: int = 1) -> TrainBatches:
+def train_batches(
+    dataset: CocoDataset, rank: int = 0, world: int = 1, short: int | tuple[int, int] = 48
+) -> TrainBatches:
     order = Order(len(dataset.images), GLOBAL_BATCH, seed=3)
-    return TrainBatches(dataset, order, short=48, long=64, flip=0.5, rank=rank, world=world)
+    return TrainBatches(dataset, order, short=short, long=64, flip=0.5, rank=rank, world=world)
 
 
 def joined(batches: list[Batch]) -> Batch:
@@ -67,23 +70,29 @@ def assert_equal(batch: Batch, other: Batch) -> None:
         assert all(torch.equal(target[name], other_target[name]) for name in target)
 
 
+@pytest.mark.parametrize("short", [48, (20, 60)])
 @pytest.mark.parametrize("world", [2, 3, 5])
-def test_any_number_of_workers_makes_the_same_steps(dataset: CocoDataset, world: int) -> None:
-    alone = train_batches(dataset)
-    ranks = [train_batches(dataset, rank, world) for rank in range(world)]
+def test_any_number_of_workers_makes_the_same_steps(
+    dataset: CocoDataset, world: int, short: int | tuple[int, int]
+) -> None:
+    alone = train_batches(dataset, short=short)
+    ranks = [train_batches(dataset, rank, world, short) for rank in range(world)]
     for step in range(NUM_STEPS):
         assert_equal(joined([batches[step] for batches in ranks]), alone[step])
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("start", [0, 3])
-def test_a_loader_started_at_any_step_gives_that_step(dataset: CocoDataset, num_workers: int, start: int) -> None:
-    batches = train_batches(dataset)
+@pytest.mark.parametrize(
+    ("start", "num_workers", "short"), [(0, 0, 48), (3, 0, (20, 60)), (0, 1, (20, 60)), (3, 1, 48)]
+)
+def test_a_loader_started_at_any_step_gives_that_step(
+    dataset: CocoDataset, start: int, num_workers: int, short: int | tuple[int, int]
+) -> None:
+    batches = train_batches(dataset, short=short)
     loader = DataLoader(batches, batch_size=None, sampler=range(start, NUM_STEPS), num_workers=num_workers)
     loaded = list(loader)
     assert len(loaded) == NUM_STEPS - start
     for step, batch in zip(range(start, NUM_STEPS), loaded, strict=True):
-        assert_equal(batch, train_batches(dataset)[step])
+        assert_equal(batch, train_batches(dataset, short=short)[step])
 
 
 def test_a_batch_is_what_the_order_says(dataset: CocoDataset) -> None:
@@ -108,6 +117,41 @@ def test_a_batch_is_what_the_order_says(dataset: CocoDataset) -> None:
             flips += bool(len(record.boxes)) and bool((target["boxes"][0, 0] > 0).item())
     assert batch.pad_to[0] % 32 == batch.pad_to[1] % 32 == 0
     assert 0 < flips < NUM_STEPS * GLOBAL_BATCH
+
+
+def test_every_sample_of_a_range_has_a_size_of_its_own(dataset: CocoDataset) -> None:
+    order = Order(len(dataset.images), GLOBAL_BATCH, seed=3)
+    drawn: dict[int, set[tuple[int, int]]] = {}
+    for step in range(40):
+        batch = train_batches(dataset, short=(20, 60))[step]
+        sizes = []
+        for slot, image, target in zip(order.slots(step), batch.images, batch.targets, strict=True):
+            record = dataset.images[slot.index]
+            size = resized_size(record.width, record.height, draw_short((20, 60), slot.key), 64)
+            assert image.shape == (3, size[1], size[0])
+            assert (target["boxes"] <= torch.tensor(size).repeat(2)).all()
+            sizes.append(size)
+            drawn.setdefault(record.id, set()).add(size)
+        # Not what the largest bound would need: the global batch's own sizes decide.
+        assert batch.pad_to == padded_size(sizes)
+    # In a square the long bound never decides, so that every draw shows.
+    assert len(drawn[13]) > 12
+    assert all(20 <= side <= 60 for size in drawn[13] for side in size)
+
+
+def test_a_range_of_one_size_makes_the_batches_of_that_size(dataset: CocoDataset) -> None:
+    for step in range(NUM_STEPS):
+        assert_equal(train_batches(dataset, short=(48, 48))[step], train_batches(dataset)[step])
+
+
+def test_batches_of_one_size_are_those_of_earlier_versions(dataset: CocoDataset) -> None:
+    # A run that goes on after an update must see the same images: these values never change.
+    digest = hashlib.sha256()
+    for step in range(NUM_STEPS):
+        batch = train_batches(dataset)[step]
+        for image, target in zip(batch.images, batch.targets, strict=True):
+            digest.update(str(tuple(image.shape)).encode() + target["boxes"].round().numpy().tobytes())
+    assert digest.hexdigest()[:12] == "8c12fe0f8f2e"
 
 
 def test_images_are_augmented_anew_in_every_epoch(dataset: CocoDataset) -> None:

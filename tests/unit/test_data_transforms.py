@@ -1,5 +1,7 @@
 """Sizes and geometry: boxes follow their pixels."""
 
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mimiclab.data.order import FLIP, sample_key, uniform
-from mimiclab.data.transforms import augment, padded_size, resize, resized_size
+from mimiclab.data.transforms import augment, draw_short, padded_size, resize, resized_size
 
 RED = torch.tensor([200, 10, 20], dtype=torch.uint8)
 
@@ -57,6 +59,26 @@ def test_resized_size_meets_one_bound_and_keeps_the_aspect(width: int, height: i
     scale = min(short / min(width, height), long / max(width, height))
     assert abs(new_width - max(1, width * scale)) <= 0.501
     assert abs(new_height - max(1, height * scale)) <= 0.501
+
+
+def test_a_short_side_is_drawn_evenly_from_the_whole_range() -> None:
+    keys = [sample_key(0, step, slot) for step in range(500) for slot in range(4)]
+    counts = Counter(draw_short((640, 643), key) for key in keys)
+    assert counts.keys() == {640, 641, 642, 643}
+    assert all(430 <= count <= 570 for count in counts.values())
+    # It says nothing about the flip of the same image.
+    both = sum(draw_short((640, 643), key) < 642 and uniform(key, FLIP) < 0.5 for key in keys)
+    assert 420 <= both <= 580
+
+
+def test_a_drawn_short_side_is_the_same_on_every_machine_and_version() -> None:
+    # As the order of samples: a run that goes on after an update must go on alike.
+    assert [draw_short((640, 800), sample_key(0, step, 0)) for step in range(5)] == [740, 768, 714, 679, 742]
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(1, 2000))
+def test_one_short_side_is_itself(key: int, short: int) -> None:
+    assert draw_short(short, key) == draw_short((short, short), key) == short
 
 
 def test_padded_size_holds_every_image() -> None:

@@ -292,9 +292,27 @@ BAD_FILES = {
         "name: x\ndata: {scenes: {}, resize: {short: 9, long: 8}}\n",
         "x.yaml:2: data.resize: short must not be above long, found short 9 and long 8",
     ),
+    "range of sizes the wrong way round": (
+        "name: x\ndata: {scenes: {}, resize: {train_short: [800, 640]}}\n",
+        "x.yaml:2: data.resize: train_short must be the lowest and the highest short side, neither above long, found "
+        "train_short [800, 640] and long 1333",
+    ),
+    "range of sizes above the long side": (
+        "name: x\ndata: {scenes: {}, resize: {train_short: [640, 1400]}}\n",
+        "found train_short [640, 1400] and long 1333",
+    ),
+    "range of sizes with one end": (
+        "name: x\ndata:\n  scenes: {}\n  resize: {train_short: [640]}\n",
+        "x.yaml:4: data.resize.train_short[1]: found nothing, expected a value",
+    ),
     "detector's own check": (
         SMALL + "model:\n  pyramid:\n    max_level: 9\n",
         "x.yaml:4: model.pyramid: max_level must be 5, 6 or 7, found 9",
+    ),
+    "statistics over GPUs without any": (
+        SMALL + "model: {backbone: {norm: sync_bn}}\n",
+        "x.yaml: model.backbone.norm: sync_bn works on GPUs only, found scale.gpu false; expected scale.gpu true, "
+        "or the norm frozen_bn or group_norm",
     ),
     "across sections": (
         SMALL + "optim: {global_batch: 2}\nscale: {workers: 3}\n",

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from mimiclab.data.coco import CocoDataset, ImageRecord
 from mimiclab.data.order import Order, rank_slice, sample_key
-from mimiclab.data.transforms import augment, padded_size, resize, resized_size
+from mimiclab.data.transforms import augment, draw_short, padded_size, resize, resized_size
 from mimiclab.engine import Batch
 from mimiclab.errors import UserError
 
@@ -59,7 +59,7 @@ class TrainBatches(Dataset[Batch]):
     Args:
         dataset: The training set.
         order: Which images make up a step.
-        short: Bound of the short side after resizing, pixels.
+        short: Bound of the short side after resizing, pixels; of a pair (lowest, highest) each sample draws its own.
         long: Bound of the long side after resizing, pixels.
         flip: Probability of a horizontal flip.
         rank: This worker's rank.
@@ -67,7 +67,15 @@ class TrainBatches(Dataset[Batch]):
     """
 
     def __init__(
-        self, dataset: CocoDataset, order: Order, *, short: int, long: int, flip: float, rank: int, world: int
+        self,
+        dataset: CocoDataset,
+        order: Order,
+        *,
+        short: int | tuple[int, int],
+        long: int,
+        flip: float,
+        rank: int,
+        world: int,
     ) -> None:
         if order.num_images != len(dataset.images):
             raise ValueError(f"the order is of {order.num_images} images, the data set has {len(dataset.images)}")
@@ -83,8 +91,11 @@ class TrainBatches(Dataset[Batch]):
         slots = self.order.slots(step)
         records = [self.dataset.images[slot.index] for slot in slots]
         # Padding shows in the activations at the border and in normalisation: all ranks pad alike, to what
-        # the whole global batch needs, which the stored sizes tell without reading the others' images.
-        sizes = [resized_size(record.width, record.height, self.short, self.long) for record in records]
+        # the whole global batch needs, which stored sizes and keys tell without reading the others' images.
+        sizes = [
+            resized_size(record.width, record.height, draw_short(self.short, slot.key), self.long)
+            for slot, record in zip(slots, records, strict=True)
+        ]
         images, targets, image_ids = [], [], []
         mine = rank_slice(self.order.global_batch, self.rank, self.world)
         for slot, record, size in zip(slots[mine], records[mine], sizes[mine], strict=True):

@@ -17,6 +17,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 # Streams of a sample's random numbers: one per use, so that adding a use changes no other draw.
 FLIP = 1
+SHORT = 2
 
 
 def _mix(value: int) -> int:

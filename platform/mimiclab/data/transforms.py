@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from mimiclab.data.order import FLIP, uniform
+from mimiclab.data.order import FLIP, SHORT, uniform
+
+
+def draw_short(short: int | tuple[int, int], key: int) -> int:
+    """The bound of a sample's short side: as given, or drawn evenly from a range, both ends included.
+
+    `key` alone decides; one bound uses none of its numbers.
+    """
+    if isinstance(short, int):
+        return short
+    low, high = short
+    return low + int(uniform(key, SHORT) * (high - low + 1))
 
 
 def resized_size(width: int, height: int, short: int, long: int) -> tuple[int, int]:
