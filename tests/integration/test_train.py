@@ -124,6 +124,19 @@ def test_the_logged_ap_is_that_of_the_saved_weights(finished: runs.Run, root: Pa
     assert again.metrics["student/AP"] == pytest.approx(logged[best.step], abs=1e-6)
 
 
+def test_a_detector_of_one_head_goes_the_same_way(root: Path) -> None:
+    console = quiet()
+    overrides = ("name=peer", "model.detector=faster_rcnn", "optim.epochs=1", "scale.workers=1")
+    run = train(tiny(root, *overrides), console=console)
+    assert [step for step, _ in history(run, "train/loss_rpn_box_reg")] == [1, 2, 3, 4, 5]
+    assert len(history(run, "student/AP")) == 1
+    metrics = MlflowClient(run.tracking).get_run(run.mlflow_run_id).data.metrics
+    assert not [name for name in metrics if name.startswith(("teacher", "gap"))]
+    assert "epoch 1: student AP" in said(console)
+    assert "teacher" not in said(console)
+    assert len(list((run.folder / runs.PICTURES).glob("*.png"))) == 2
+
+
 def test_a_complete_run_says_so(finished: runs.Run, root: Path) -> None:
     console = quiet()
     assert train(tiny(root), console=console).mlflow_run_id == finished.mlflow_run_id
