@@ -87,7 +87,7 @@ class Baseline(Detector):
     ) -> LossTerms:
         """torchvision's losses; they are means over the images given here, so each image gets the same number."""
         check_images(images)
-        check_targets(targets, images, self.num_classes)
+        check_targets(targets, images, self.num_classes, self.inputs.mean.dtype)
         prepared = [self._prepare(target) for target in targets]
         with _seeded(_seed(targets), self.inputs.mean.device):
             losses: dict[str, Tensor] = self._run(images, prepared, pad_to)

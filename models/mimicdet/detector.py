@@ -98,7 +98,7 @@ class MimicDet(Detector):
     ) -> LossTerms:
         """Compute losses and metrics of every image; see `forward` for the arguments."""
         check_images(images)
-        check_targets(targets, images, self.num_classes)
+        check_targets(targets, images, self.num_classes, self.mean.dtype)
         targets = [complete(target, self.mean) for target in targets]
         shared = self._shared(images, pad_to, lowest=self.pyramid.lowest)
         config, student = self.config, self.config.student

@@ -16,6 +16,10 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 PAD_MULTIPLE = 32
 # Sides and area of an image, in pixels. Larger ones are to be resized first: activations grow with the area.
 MIN_SIDE, MAX_PIXELS = 2, 8_000_000
+# Sides of a box, in pixels: the logarithm of a thinner one's share of an anchor is no longer finite in fp32.
+MIN_BOX_SIDE = 1e-6
+# What is read of a target; other keys, as torchvision's datasets add them, are left alone.
+TARGET_KEYS = ("boxes", "labels", "iscrowd", "key")
 
 
 def check_images(images: Sequence[Tensor]) -> None:
@@ -44,8 +48,8 @@ def check_images(images: Sequence[Tensor]) -> None:
             raise ValueError(f"image {i} is on {image.device}, expected {images[0].device} as image 0")
 
 
-def check_targets(targets: Targets, images: Sequence[Tensor], num_classes: int) -> None:
-    """Make sure that a detector of `num_classes` classes can learn from these targets.
+def check_targets(targets: Targets, images: Sequence[Tensor], num_classes: int, dtype: torch.dtype) -> None:
+    """Make sure that a detector of `num_classes` classes, which computes in `dtype`, can learn from these targets.
 
     Raises:
         ValueError: there is not one for each image, or one of them lacks a key or holds boxes or labels that mean
@@ -54,34 +58,47 @@ def check_targets(targets: Targets, images: Sequence[Tensor], num_classes: int) 
     if len(targets) != len(images):
         raise ValueError(f"every image needs a target, found {len(images)} images, {len(targets)} targets")
     for i, (target, image) in enumerate(zip(targets, images, strict=True)):
-        _check_target(target, f"target {i}", int(image.shape[-2]), int(image.shape[-1]), num_classes)
+        _check_target(target, f"target {i}", image.shape[-2:], num_classes, dtype)
 
 
-def _check_target(target: Mapping[str, Tensor], name: str, height: int, width: int, num_classes: int) -> None:
+def _check_target(
+    target: Mapping[str, Tensor], name: str, size: torch.Size, num_classes: int, dtype: torch.dtype
+) -> None:
+    height, width = size
     for key in ("boxes", "labels"):
         if key not in target:
             raise ValueError(f"{name}: expected boxes and labels, found {', '.join(target) or 'nothing'}")
-    boxes, labels = target["boxes"], target["labels"]
+    known = {key: target[key] for key in TARGET_KEYS if key in target}
+    for key, value in known.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: expected {key} as a tensor, found {type(value).__name__}")
+    boxes, labels = known["boxes"], known["labels"]
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"{name}: expected boxes (M, 4), found {tuple(boxes.shape)}")
     for key in ("labels", "iscrowd"):
-        if key in target and target[key].shape != boxes.shape[:1]:
-            raise ValueError(f"{name}: expected {len(boxes)} {key} for as many boxes, found {tuple(target[key].shape)}")
-    devices = {key: value.device for key, value in target.items()}
+        if key in known and known[key].shape != boxes.shape[:1]:
+            raise ValueError(f"{name}: expected {len(boxes)} {key} for as many boxes, found {tuple(known[key].shape)}")
+    if "key" in known and (known["key"].ndim or not _is_integer(known["key"])):
+        found = f"{known['key'].dtype} of shape {tuple(known['key'].shape)}"
+        raise ValueError(f"{name}: expected key as an integer scalar, found {found}")
+    devices = {key: value.device for key, value in known.items()}
     if len(set(devices.values())) > 1:
         found = ", ".join(f"{key} on {device}" for key, device in devices.items())
         raise ValueError(f"{name}: expected all of it on one device, found {found}")
-    x1, y1, x2, y2 = boxes.unbind(1)
+    if boxes.is_complex() or labels.is_complex():
+        raise ValueError(f"{name}: expected real numbers, found {boxes.dtype} boxes and {labels.dtype} labels")
+    # As the losses will see them: what is thin or large in fp64 may have no width, or no end, in fp32.
+    x1, y1, x2, y2 = boxes.to(dtype).unbind(1)
     problems = {
-        "expected finite numbers": ~boxes.isfinite().all(1),
-        "expected x1 < x2 and y1 < y2": (x2 <= x1) | (y2 <= y1),
+        "expected finite numbers": ~boxes.to(dtype).isfinite().all(1),
+        "expected x1 < x2 and y1 < y2": (x2 - x1 < MIN_BOX_SIDE) | (y2 - y1 < MIN_BOX_SIDE),
         f"it lies outside of the image of {height} x {width}": (x2 <= 0) | (y2 <= 0) | (x1 >= width) | (y1 >= height),
     }
     for problem, where in problems.items():
         if where.any():
             index = int(where.nonzero()[0])
             raise ValueError(f"{name}, box {index}: {problem}, found {boxes[index].tolist()}")
-    if labels.dtype.is_floating_point or labels.dtype == torch.bool:
+    if not _is_integer(labels):
         raise ValueError(f"{name}: expected labels of an integer type, found {labels.dtype}")
     wrong = (labels < 0) | (labels >= num_classes)
     if wrong.any():
@@ -91,14 +108,18 @@ def _check_target(target: Mapping[str, Tensor], name: str, height: int, width: i
         )
 
 
+def _is_integer(values: Tensor) -> bool:
+    return not (values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool)
+
+
 def complete(target: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
     """Fill in what a target may leave out, on the device and in the precision of `like`."""
-    full = {name: value.to(like.device) for name, value in target.items()}
+    full = {name: target[name].to(like.device) for name in TARGET_KEYS if name in target}
     full["boxes"] = full["boxes"].to(like.dtype)
     full["labels"] = full["labels"].long()
     full["iscrowd"] = full.get("iscrowd", torch.zeros_like(full["labels"])).bool()
-    if "key" not in full:  # else torch's generator stays as it is
-        full["key"] = torch.randint(1 << 62, (), device=like.device)
+    # Where there is a key, torch's generator stays as it is.
+    full["key"] = full["key"].long() if "key" in full else torch.randint(1 << 62, (), device=like.device)
     return full
 
 

@@ -1,7 +1,8 @@
 """Which boxes a loss looks at: random samples that depend on a key alone, and hard mining.
 
 Random choices are counter-based: a candidate's priority is a hash of (key, stream, candidate), so the same
-image with the same key samples the same candidates on any machine, in any batch and after any restart.
+image with the same key samples the same candidates on any machine, in any company and after any restart. A
+candidate is an index into the positions of the padded image: another padding draws others.
 """
 
 from __future__ import annotations

@@ -18,9 +18,16 @@ Box = tuple[float, float, float, float]
 
 # Half-integer corners and ratios that are powers of two: every comparison below is exact in fp32 as well, so
 # centres that lie on a border are part of what is compared.
-halves = st.integers(0, 2 * PADDED).map(lambda n: n / 2)
-sides = st.one_of(st.integers(1, 8), st.integers(1, 2 * PADDED)).map(lambda n: n / 2)
-boxes_in_image = st.builds(lambda x, y, w, h: (x, y, x + w, y + h), halves, halves, sides, sides)
+# Sides on the bounds between levels, of scales 2 and 4 and of BOUNDS, and products of sides whose root is one.
+BOUNDS = (16.0, 40.0)
+halves = st.integers(-PADDED // 2, 2 * PADDED).map(lambda n: n / 2)
+sides = st.one_of(
+    st.integers(1, 8).map(lambda n: n / 2),
+    st.integers(1, 2 * PADDED).map(lambda n: n / 2),
+    st.sampled_from([16.0, 32.0, 40.0, 64.0, 128.0]),
+)
+sizes = st.one_of(st.tuples(sides, sides), sides.map(lambda n: (n, n)), sides.map(lambda n: (n / 2, 2 * n)))
+some_boxes = st.builds(lambda x, y, size: (x, y, x + size[0], y + size[1]), halves, halves, sizes)
 
 
 def states(assignment: Assignment) -> list[int | str]:
@@ -59,10 +66,10 @@ def area(box: Box) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def own_level(box: Box, scale: float) -> int:
-    """Sides [0, 2a) go to the lowest level, whose anchors have side a, then octave by octave, the rest on top."""
-    for level in LEVELS[:-1]:
-        if area(box) < (2 * scale * 2**level) ** 2:
+def own_level(box: Box, scale: float, bounds: tuple[float, ...] | None) -> int:
+    """The lowest level whose bound the box stays below; by default bounds are twice the anchors' sides."""
+    for index, level in enumerate(LEVELS[:-1]):
+        if area(box) < (bounds[index] if bounds else 2 * scale * 2**level) ** 2:
             return level
     return LEVELS[-1]
 
@@ -76,6 +83,8 @@ def expected(
     scale: float,
     center_ratio: float,
     ignore_ratio: float,
+    scale_bounds: tuple[float, ...] | None = None,
+    forced_assignment: bool = True,
 ) -> list[int | str]:
     positions = []
     for level in LEVELS:
@@ -91,13 +100,13 @@ def expected(
         middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
         hits, nearest, best = [], -1, math.inf
         for p, (level, center, candidate) in enumerate(positions):
-            if candidate and level == own_level(box, scale):
+            if candidate and level == own_level(box, scale, scale_bounds):
                 if in_region(center, box, center_ratio):
                     hits.append(p)
                 distance = (center[0] - middle[0]) ** 2 + (center[1] - middle[1]) ** 2
                 if distance < best:
                     nearest, best = p, distance
-        for p in hits or [nearest]:
+        for p in hits or [nearest] * forced_assignment:
             claims[p].append(j)
     answer: list[int | str] = []
     for p, (level, center, candidate) in enumerate(positions):
@@ -106,7 +115,7 @@ def expected(
             if crowd[j]:
                 ignored |= in_region(center, box, 1)
             else:
-                ignored |= level == own_level(box, scale) and in_region(center, box, ignore_ratio)
+                ignored |= level == own_level(box, scale, scale_bounds) and in_region(center, box, ignore_ratio)
         if claims[p]:
             answer.append(min(claims[p], key=lambda j: (area(boxes[j]), j)))
         else:
@@ -114,16 +123,24 @@ def expected(
     return answer
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=150)
 @given(
-    st.lists(st.tuples(boxes_in_image, st.sampled_from([False, False, False, True])), max_size=6),
+    st.lists(st.tuples(some_boxes, st.sampled_from([False, False, False, True])), max_size=6),
     st.integers(1, PADDED),
     st.integers(1, PADDED),
     st.sampled_from([2.0, 4.0]),
     st.sampled_from([(0.25, 0.25), (0.25, 0.5), (0.5, 1.0), (1.0, 1.0)]),
+    st.sampled_from([None, BOUNDS]),
+    st.booleans(),
 )
 def test_anchors_are_assigned_as_by_hand(
-    objects: list[tuple[Box, bool]], height: int, width: int, scale: float, ratios: tuple[float, float]
+    objects: list[tuple[Box, bool]],
+    height: int,
+    width: int,
+    scale: float,
+    ratios: tuple[float, float],
+    bounds: tuple[float, ...] | None,
+    forced: bool,
 ) -> None:
     setting = {
         "boxes": [box for box, _ in objects],
@@ -133,20 +150,35 @@ def test_anchors_are_assigned_as_by_hand(
         "scale": scale,
         "center_ratio": ratios[0],
         "ignore_ratio": ratios[1],
+        "scale_bounds": bounds,
+        "forced_assignment": forced,
     }
     assert assigned(**setting) == expected(**setting)
 
 
-def test_more_objects_than_positions() -> None:
+@pytest.mark.parametrize("forced", [True, False])
+@pytest.mark.parametrize(("height", "width", "candidates"), [(PADDED, PADDED, 64 + 16 + 4), (16, 32, 8 + 2 + 1)])
+def test_more_objects_than_positions(height: int, width: int, candidates: int, forced: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    corners = torch.randint(0, 2 * PADDED - 20, (150, 2), generator=generator) / 2
-    sizes = torch.randint(1, 40, (150, 2), generator=generator) / 2
-    boxes = [tuple(box) for box in torch.cat([corners, corners + sizes], 1).tolist()]
-    setting = {"boxes": boxes, "crowd": [False] * 150, "height": PADDED, "width": PADDED, "scale": 4.0}
-    ratios = {"center_ratio": 0.25, "ignore_ratio": 0.25}
-    answer = assigned(**setting, **ratios)
-    assert answer == expected(**setting, **ratios)
-    assert len(answer) == 64 + 16 + 4
+    corners = torch.rand(200, 2, generator=generator) * torch.tensor([width - 4, height - 4])
+    corners = (2 * corners).floor() / 2
+    boxes = torch.cat([corners, corners + torch.randint(1, 40, (200, 2), generator=generator) / 2], 1).tolist()
+    setting = {
+        "boxes": [tuple(box) for box in boxes],
+        "crowd": [False] * 200,
+        "height": height,
+        "width": width,
+        "scale": 4.0,
+        "center_ratio": 0.25,
+        "ignore_ratio": 0.25,
+        "forced_assignment": forced,
+    }
+    answer = assigned(**setting)
+    assert answer == expected(**setting)
+    assert len(answer) - answer.count("ignored") == candidates
+    if forced and candidates == 11:
+        # All boxes are of the lowest level, and so many of them leave none of its eight cells free.
+        assert sum(isinstance(state, int) for state in answer) == 8
 
 
 def test_region_is_shrunk_per_side() -> None:
@@ -169,6 +201,56 @@ def test_scale_ranges_are_half_open() -> None:
     assert levels(64) == {1}
     assert levels(127.5) == {1}
     assert levels(128) == levels(1000) == {2}
+
+
+def test_scale_bounds_replace_the_scale_ranges_and_are_half_open_too() -> None:
+    def levels(width: float, height: float) -> set[int]:
+        answer = assigned([(0.0, 0.0, width, height)], [False], scale_bounds=BOUNDS)
+        return {0 if p < 64 else 1 if p < 80 else 2 for p, state in enumerate(answer) if state == 0}
+
+    assert levels(0.5, 0.5) == levels(15.5, 16) == levels(8, 31.5) == {0}
+    assert levels(16, 16) == levels(8, 32) == levels(64, 4) == levels(39.5, 40) == {1}
+    assert levels(40, 40) == levels(20, 80) == levels(1000, 1000) == {2}
+
+
+def test_without_forced_assignment_a_box_that_holds_no_centre_is_not_learned() -> None:
+    # 4 px about (32, 32), four cells' common corner: its nearest centre is 4 px off.
+    box = (30.0, 30.0, 34.0, 34.0)
+    assert assigned([box], [False]).count(0) == 1
+    assert set(assigned([box], [False], forced_assignment=False)) == {"negative"}
+    # Nor does it take a cell from a box that holds its centre.
+    other = (8.0, 8.0, 48.0, 48.0)  # holds (28, 28) alone
+    assert assigned([box, other], [False] * 2)[8 * 3 + 3] == 0
+    free = assigned([box, other], [False] * 2, forced_assignment=False)
+    assert (free[8 * 3 + 3], free.count(0), free.count(1)) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("forced", [True, False])
+def test_the_ring_of_a_box_is_ignored_and_ends_with_its_own_level(forced: bool) -> None:
+    # 32 px about the centre (28, 28): 0.25 leaves that centre alone, 0.5 its eight neighbours, on their border.
+    answer = assigned(
+        [(12.0, 12.0, 44.0, 44.0)], [False], center_ratio=0.25, ignore_ratio=0.5, forced_assignment=forced
+    )
+    assert [p for p, state in enumerate(answer) if state == 0] == [8 * 3 + 3]
+    ring = [8 * y + x for y in (2, 3, 4) for x in (2, 3, 4) if (y, x) != (3, 3)]
+    assert [p for p, state in enumerate(answer) if state == "ignored"] == ring
+    # A box that is not learned keeps its ring: what it would show is not background.
+    tiny = assigned([(27.0, 27.0, 33.0, 33.0)], [False], center_ratio=0.25, ignore_ratio=1.0, forced_assignment=forced)
+    assert [p for p, state in enumerate(tiny) if state != "negative"] == [8 * 3 + 3]
+    assert tiny[8 * 3 + 3] == (0 if forced else "ignored")
+
+
+def test_boxes_over_the_border_are_assigned_by_what_is_annotated() -> None:
+    # The middle of the first lies at (2, 32), outside of all shrunk columns but the first; clipped, it is narrower.
+    over, clipped = (-14.0, 12.0, 18.0, 52.0), (0.0, 12.0, 18.0, 52.0)
+    for box in (over, clipped, (0.0, 0.0, 64.0, 64.0), (-64.0, -64.0, 128.0, 128.0), (60.0, 60.0, 64.0, 64.0)):
+        setting = {"boxes": [box], "crowd": [False], "scale": 4.0, "center_ratio": 0.25, "ignore_ratio": 0.5}
+        for height, width in ((64, 64), (61, 64), (64, 57)):
+            setting |= {"height": height, "width": width}
+            answer = assigned(**setting)
+            assert answer == expected(**setting)
+            assert 0 in answer
+    assert assigned([over], [False]) != assigned([clipped], [False])
 
 
 def test_the_smallest_box_wins_and_the_larger_keeps_the_rest() -> None:

@@ -46,9 +46,11 @@ def detector(**sections: Any) -> MimicDet:
     """A tiny detector with opinions: scores, boxes and offsets that differ from box to box."""
     torch.manual_seed(0)
     model = MimicDet(replace(TINY, **sections), NUM_CLASSES)
-    for layer in (model.refinement.objectness, model.student.logits, model.teacher.logits):
+    heads = [model.student, model.teacher] if model.teacher else [model.student]
+    for layer in (model.refinement.objectness, *(head.logits for head in heads)):
         nn.init.normal_(layer.weight)
-    for layer in (model.refinement.deltas, model.student.deltas, model.teacher.deltas):
+        nn.init.zeros_(layer.bias)
+    for layer in (model.refinement.deltas, *(head.deltas for head in heads)):
         nn.init.normal_(layer.weight, std=0.3)
     return model.eval()
 
@@ -80,7 +82,7 @@ def iou(a: list[float], b: list[float]) -> float:
 @torch.no_grad()
 def loop_detections(model: MimicDet, head: str, topk: int) -> list[list[tuple[float, int, list[float]]]]:
     """Score, label and box of each image's detections; the head is evaluated at every position."""
-    config = model.config.inference
+    config, box_std = model.config.inference, getattr(model.config, head).box_std
     batch = torch.zeros(2, 3, 64, 64)
     for i, image in enumerate(images()):
         normalised = (image / 255 - model.mean) / model.std
@@ -94,12 +96,13 @@ def loop_detections(model: MimicDet, head: str, topk: int) -> list[list[tuple[fl
     for i, image in enumerate(images()):
         height, width = image.shape[1:]
         index = torch.full_like(everywhere, i)
-        refined = clip(decode(deltas[i], grid.anchors), float(height), float(width))
+        refined = clip(decode(deltas[i], grid.anchors, model.config.refinement.box_std), float(height), float(width))
         if head == "student":
             output = model.student(Features.pack(low), deltas, grid, index, everywhere)
         else:
+            assert model.teacher is not None
             output = model.teacher({level: pyramid[level] for level in (2, 3, 4)}, refined, index, grid.level + 2)
-        boxes = clip(decode(output.deltas, refined, (0.1, 0.1, 0.2, 0.2)), float(height), float(width)).tolist()
+        boxes = clip(decode(output.deltas, refined, box_std), float(height), float(width)).tolist()
         inside = [
             p
             for p in everywhere.tolist()
@@ -109,7 +112,8 @@ def loop_detections(model: MimicDet, head: str, topk: int) -> list[list[tuple[fl
         for p in sorted(inside, key=lambda p: -float(objectness[i, p]))[:topk]:
             exponents = [math.exp(v) for v in output.logits[p].tolist()]
             for label in range(NUM_CLASSES):
-                score = exponents[label] / sum(exponents)
+                rest = 1 + exponents[label] if model.config.class_space == "sigmoid" else sum(exponents)
+                score = exponents[label] / rest
                 if config.times_objectness:
                     score /= 1 + math.exp(-float(objectness[i, p]))
                 if score > config.score_threshold:
@@ -130,6 +134,14 @@ def assert_equals_loops(detections: list[Detections], wanted: list[list[tuple[fl
         assert torch.allclose(found["boxes"], boxes, atol=1e-3)
 
 
+OTHER: dict[str, Any] = {
+    "class_space": "sigmoid",
+    "refinement": replace(TINY.refinement, width=12, box_std=(0.5, 0.4, 0.3, 0.6)),
+    "student": replace(TINY.student, offsets="analytic", kernel_sizes=(5, 3, 3), box_std=(0.2, 0.1, 0.3, 0.4)),
+    "teacher": replace(TINY.teacher, box_std=(0.3, 0.1, 0.1, 0.2)),
+}
+
+
 @pytest.mark.parametrize(
     "inference",
     [
@@ -139,20 +151,38 @@ def assert_equals_loops(detections: list[Detections], wanted: list[list[tuple[fl
     ],
     ids=["default", "everything", "times objectness"],
 )
-def test_detections_equal_loops_over_positions(inference: InferenceConfig) -> None:
-    model = detector(inference=inference)
+@pytest.mark.parametrize("sections", [{}, OTHER], ids=["softmax", "sigmoid and other options"])
+def test_detections_equal_loops_over_positions(inference: InferenceConfig, sections: dict[str, Any]) -> None:
+    model = detector(inference=inference, **sections)
     wanted = loop_detections(model, "student", inference.topk)
     assert all(len(found) >= 5 for found in wanted)  # the comparison has something to compare
     assert_equals_loops(model.detect(images()), wanted)
 
 
-def test_both_heads_answer_for_the_same_boxes() -> None:
-    model = detector()
+@pytest.mark.parametrize("sections", [{}, OTHER], ids=["softmax", "sigmoid and other options"])
+def test_both_heads_answer_for_the_same_boxes(sections: dict[str, Any]) -> None:
+    model = detector(**sections)
     heads = model.detect_heads(images(), topk=12)
     assert heads.keys() == {"student", "teacher", "student_topk"}
     assert_same(heads["student"], model.detect(images()))
     assert_equals_loops(heads["teacher"], loop_detections(model, "teacher", 12))
     assert_equals_loops(heads["student_topk"], loop_detections(model, "student", 12))
+
+
+def test_without_a_teacher_the_student_is_the_only_head_and_detects_the_same() -> None:
+    model, alone = detector(), detector(teacher=replace(TINY.teacher, enabled=False))
+    own = alone.state_dict()
+    alone.load_state_dict({name: value for name, value in model.state_dict().items() if name in own})
+    heads = alone.detect_heads(images(), topk=12)
+    assert heads.keys() == {"student"}
+    assert_same(heads["student"], model.detect(images()))
+
+
+def test_sigmoids_start_at_a_rare_foreground() -> None:
+    torch.manual_seed(0)
+    model = MimicDet(replace(TINY, class_space="sigmoid", inference=InferenceConfig(score_threshold=0.0)), NUM_CLASSES)
+    for found in model.eval().detect_heads(images(), topk=12).values():
+        assert all(((image["scores"] > 0.008) & (image["scores"] < 0.0125)).all() for image in found)
 
 
 def test_heads_do_not_depend_on_how_small_the_images_are() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mimicdet.sampling import REFINEMENT, TEACHER, mine, priority, sample
+from mimicdet.sampling import REFINEMENT, STUDENT, TEACHER, mine, priority, sample
 
 MASK = (1 << 64) - 1
 
@@ -40,7 +40,7 @@ fractions = st.sampled_from([0.25, 0.5, 1.0])
 
 
 @settings(deadline=None, max_examples=30)
-@given(keys, st.sampled_from([REFINEMENT, TEACHER]), st.lists(st.integers(0, 2**40), min_size=1, max_size=5))
+@given(keys, st.sampled_from([REFINEMENT, TEACHER, STUDENT]), st.lists(st.integers(0, 2**40), min_size=1, max_size=5))
 def test_priority_is_the_documented_hash(key: int, stream: int, candidates: list[int]) -> None:
     expected = [reference(key, stream, candidate) for candidate in candidates]
     assert ranks(key, stream, torch.tensor(candidates)).tolist() == expected
@@ -60,6 +60,22 @@ def test_sample_keeps_its_quota_and_fills_with_negatives(state: str, key: int, n
         taken = [int(rank[i]) for i in chosen if state[i] == kind]
         left = [int(rank[i]) for i in range(len(state)) if state[i] == kind and i not in chosen]
         assert not taken or not left or min(taken) > max(left)
+
+
+@settings(deadline=None, max_examples=100)
+@given(states, keys, st.integers(1, 20), st.integers(1, 20), st.one_of(fractions, st.floats(0.01, 1)))
+def test_a_smaller_sample_is_part_of_a_larger_one(state: str, key: int, one: int, other: int, fraction: float) -> None:
+    rank = ranks(key, TEACHER, torch.arange(len(state)))
+    few, many = (set(sample(*masks(state), num, fraction, rank).tolist()) for num in sorted((one, other)))
+    assert few <= many
+
+
+def test_a_small_share_of_positives_is_one_at_least() -> None:
+    positive, negative = masks("+" * 10 + "-" * 10)
+    for num, fraction in ((1, 0.25), (2, 0.25), (10, 0.01)):
+        chosen = sample(positive, negative, num, fraction, ranks(0, TEACHER, torch.arange(20)))
+        assert int(positive[chosen].sum()) == 1
+        assert len(chosen) == num
 
 
 @settings(deadline=None, max_examples=30)
@@ -96,7 +112,7 @@ def test_streams_and_keys_draw_independently() -> None:
         rank = ranks(key, stream, candidates).double()
         return (rank - rank.mean()) / rank.std()
 
-    draws = [normal(key, stream) for key in (5, 6, -9) for stream in (REFINEMENT, TEACHER)]
+    draws = [normal(key, stream) for key in (5, 6, -9) for stream in (REFINEMENT, TEACHER, STUDENT)]
     for i, a in enumerate(draws):
         for b in draws[:i]:
             assert abs(float((a * b).mean())) < 5 / len(candidates) ** 0.5

@@ -1,6 +1,7 @@
 """The T-head: which level a box is pooled from, and the losses that both heads share."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ LEVELS = (2, 3, 4)
 CHANNELS = 3
 
 
-def teacher(**options) -> Teacher:
+def teacher(*, class_space: Literal["softmax", "sigmoid"] = "softmax", **options) -> Teacher:
     torch.manual_seed(0)
     return Teacher(
         ModelConfig(
+            class_space=class_space,
             pyramid=PyramidConfig(channels=CHANNELS),
             student=StudentConfig(head_width=6),
             teacher=TeacherConfig(pooled_size=3, **{"num_convs": 1, **options}),
@@ -75,6 +77,15 @@ def test_the_regression_branch_has_as_many_convolutions_as_wanted(num_convs: int
     assert len(convs) == num_convs
 
 
+@pytest.mark.parametrize(("class_space", "scores"), [("softmax", [0.2] * 5), ("sigmoid", [0.01] * 4)])
+def test_scores_start_even_or_rare(class_space: Literal["softmax", "sigmoid"], scores: list[float]) -> None:
+    pyramid = {level: 0.1 * torch.randn(2, CHANNELS, 48 >> level, 64 >> level) for level in LEVELS}
+    logits = teacher(class_space=class_space)(pyramid, *boxes_on_levels()).logits
+    started = logits.softmax(1) if class_space == "softmax" else logits.sigmoid()
+    for row in started.tolist():
+        assert row == pytest.approx(scores, rel=0.05)
+
+
 def test_no_boxes_give_empty_answers_with_gradients() -> None:
     head = teacher()
     pyramid = {level: torch.randn(1, CHANNELS, 48 >> level, 64 >> level) for level in LEVELS}
@@ -97,6 +108,35 @@ def test_head_losses_are_cross_entropy_and_l1_of_positives() -> None:
         assert float(cls_loss[i]) == pytest.approx(entropy, rel=1e-5)
         distance = sum(abs(a - b) for a, b in zip(deltas[i].tolist(), wanted[i].tolist(), strict=True))
         assert float(box_loss[i]) == pytest.approx(0 if labels[i] == 3 else distance, rel=1e-5)
+
+
+def test_without_a_background_head_losses_are_summed_binary_cross_entropies() -> None:
+    torch.manual_seed(0)
+    logits, deltas, wanted = torch.randn(6, 3), torch.randn(6, 4), torch.randn(6, 4)
+    labels = torch.tensor([0, 3, 2, 1, 3, 3])
+    cls_loss, box_loss = head_losses(HeadOutput(logits, deltas, torch.zeros(6, 1)), labels, wanted, 3)
+    for i in range(6):
+        entropy = 0.0
+        for c, logit in enumerate(logits[i].tolist()):
+            score = 1 / (1 + math.exp(-logit))
+            entropy -= math.log(score) if c == labels[i] else math.log(1 - score)
+        assert float(cls_loss[i]) == pytest.approx(entropy, rel=1e-5)
+        distance = sum(abs(a - b) for a, b in zip(deltas[i].tolist(), wanted[i].tolist(), strict=True))
+        assert float(box_loss[i]) == pytest.approx(0 if labels[i] == 3 else distance, rel=1e-5)
+
+
+def test_far_logits_of_either_class_space_have_finite_losses_and_gradients() -> None:
+    for columns in (3, 4):
+        logits = torch.full((4, columns), 500.0)
+        logits[:, ::2] = -500
+        logits.requires_grad_()
+        labels = torch.tensor([0, 1, 2, 3])
+        cls_loss, _ = head_losses(
+            HeadOutput(logits, torch.zeros(4, 4), torch.zeros(4, 1)), labels, torch.zeros(4, 4), 3
+        )
+        assert cls_loss.isfinite().all()
+        (gradient,) = torch.autograd.grad(cls_loss.sum(), [logits])
+        assert gradient.isfinite().all()
 
 
 def test_negatives_give_the_box_branch_no_gradient() -> None:
