@@ -6,7 +6,7 @@ READY := .venv/.ready
 UV := $(BIN)/uv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format type-check lock bench ui clean
+.PHONY: help setup demo test test-fast test-all lint format type-check lock bench ui clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,11 +29,14 @@ demo: $(READY) ## generate scenes, train on them on two workers, show the result
 ui: $(READY) ## MLflow's pages of the runs made here
 	$(BIN)/mimiclab ui
 
-test: $(READY) ## all tests but the slow suites
-	$(BIN)/pytest
+test: $(READY) ## all tests but those that take minutes each
+	$(BIN)/pytest -m "not long"
 
-test-fast: $(READY) ## tests that need neither a cluster nor a server
-	$(BIN)/pytest -m "not cluster and not server"
+test-fast: $(READY) ## tests that need neither a cluster nor a server, and no patience
+	$(BIN)/pytest -m "not cluster and not server and not slow and not long"
+
+test-all: $(READY) ## every test
+	$(BIN)/pytest
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .

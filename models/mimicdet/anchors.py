@@ -54,7 +54,7 @@ def make_grid(levels: Sequence[int], features: Sequence[Tensor], scale: float) -
     device = features[0].device
     cells, level_of, shapes, starts = [], [], [], [0]
     for index, feature in enumerate(features):
-        height, width = int(feature.shape[-2]), int(feature.shape[-1])
+        height, width = feature.shape[-2:]  # as they are: an export keeps them symbols
         y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
         cells.append(torch.stack([x, y], -1).reshape(-1, 2).float())
         level_of.append(torch.full((height * width,), index, dtype=torch.int64, device=device))

@@ -100,12 +100,15 @@ class Student(nn.Module):
         if self.config.detach_offsets:
             deltas = deltas.detach()
         which = grid.level[position].clamp(max=len(self.samplers) - 1)
-        outputs, orders = [], []
+        parts, outputs = [], []
         for index, sampler in enumerate(self.samplers):
             chosen = (which == index).nonzero().flatten()
+            parts.append(chosen)
             outputs.append(sampler(features, deltas[chosen], grid, image[chosen], position[chosen]))
-            orders.append(chosen)
-        return self.predict(torch.cat(outputs)[torch.cat(orders).argsort()])
+        sampled = outputs[0].new_empty(position.shape[0], outputs[0].shape[1])
+        for chosen, output in zip(parts, outputs, strict=True):
+            sampled[chosen] = output
+        return self.predict(sampled)
 
     def dense(self, levels: Sequence[Tensor], refine_deltas: Tensor, grid: Grid) -> HeadOutput:
         """Evaluate the head at every position by `torchvision.ops.deform_conv2d`, as the paper draws it.
@@ -241,6 +244,9 @@ def gather_bilinear(table: Tensor, points: Tensor, shape: Tensor, start: Tensor)
         cell = torch.minimum(corner.nan_to_num().clamp(min=0), (shape[:, None] - 1).to(corner.dtype)).long()
         rows.append(start[:, None] + cell[..., 0] * shape[:, None, 1] + cell[..., 1])
         weights.append(weight * inside)
+    if torch.onnx.is_in_onnx_export():  # ONNX has no bags: they would become a loop, one step for each
+        corners = [table[row] * weight[..., None] for row, weight in zip(rows, weights, strict=True)]
+        return corners[0] + corners[1] + corners[2] + corners[3]
     row, weight = torch.stack(rows, -1), torch.stack(weights, -1)  # (n, K, 4)
     # A weighted bag of four rows: the corners are never laid out in memory.
     gathered = F.embedding_bag(

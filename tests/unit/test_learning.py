@@ -25,6 +25,8 @@ from mimiclab.evaluate import evaluate
 from mimiclab.optim import OptimConfig
 from mimiclab.schema import DataConfig, EvalConfig, Resize, Scenes
 
+pytestmark = pytest.mark.slow
+
 SIZE, NUM_IMAGES, NUM_STEPS = 96, 4, 400
 SHORT = 100  # steps after which mimicking is compared with its control
 
