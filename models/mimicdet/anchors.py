@@ -25,6 +25,7 @@ class Grid:
         cell: (P, 2) float, x and y of the position in cells of its level.
         stride: (P,) float, pixels per cell.
         anchors: (P, 4) xyxy pixels.
+        name: (P,) int64, a number for level, row and column, whatever the size of the maps.
     """
 
     levels: tuple[int, ...]
@@ -34,6 +35,7 @@ class Grid:
     cell: Tensor
     stride: Tensor
     anchors: Tensor
+    name: Tensor
 
     @property
     def centers(self) -> Tensor:
@@ -62,6 +64,7 @@ def make_grid(levels: Sequence[int], features: Sequence[Tensor], scale: float) -
         starts.append(starts[-1] + height * width)
     cell, level = torch.cat(cells), torch.cat(level_of)
     stride = torch.tensor([2.0**lvl for lvl in levels], device=device)[level]
+    column, row = cell.long().unbind(1)
     center, half = (cell + 0.5) * stride[:, None], (scale * stride / 2)[:, None]
     return Grid(
         levels=tuple(levels),
@@ -71,6 +74,7 @@ def make_grid(levels: Sequence[int], features: Sequence[Tensor], scale: float) -
         cell=cell,
         stride=stride,
         anchors=torch.cat([center - half, center + half], 1),
+        name=(torch.tensor(levels, device=device)[level] << 40) | (row << 20) | column,
     )
 
 
@@ -99,13 +103,17 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 def clip(boxes: Tensor, height: Tensor | float, width: Tensor | float) -> Tensor:
-    """Clip boxes (.., 4) to an image; sides keep at least 1e-3 px so that they can be encoded against."""
+    """Clip boxes (.., 4) to an image; sides keep at least 1e-3 px so that they can be encoded against.
+
+    Of images of more than 4096 px they keep more, as much as their coordinates can tell apart in fp32.
+    """
     boxes = boxes.nan_to_num()  # RoIAlign reads out of bounds at NaN; the losses tell that weights are broken
     x = boxes[..., 0::2]
     y = boxes[..., 1::2]
     height, width = torch.as_tensor(height, device=boxes.device), torch.as_tensor(width, device=boxes.device)
-    x1 = x[..., 0].clamp(min=0).minimum((width - 1e-3).to(boxes.dtype))
-    y1 = y[..., 0].clamp(min=0).minimum((height - 1e-3).to(boxes.dtype))
-    x2 = torch.maximum(x[..., 1].minimum(width.to(boxes.dtype)), x1 + 1e-3)
-    y2 = torch.maximum(y[..., 1].minimum(height.to(boxes.dtype)), y1 + 1e-3)
+    thin, flat = ((side * 2.0**-22).clamp(min=1e-3) for side in (width, height))
+    x1 = x[..., 0].clamp(min=0).minimum((width - thin).to(boxes.dtype))
+    y1 = y[..., 0].clamp(min=0).minimum((height - flat).to(boxes.dtype))
+    x2 = torch.maximum(x[..., 1].minimum(width.to(boxes.dtype)), x1 + thin)
+    y2 = torch.maximum(y[..., 1].minimum(height.to(boxes.dtype)), y1 + flat)
     return torch.stack([x1, y1, x2, y2], -1)

@@ -51,10 +51,9 @@ def assign_anchors(
     """
     num = len(grid.level)
     centers = grid.centers
-    matched = centers.new_zeros(num, dtype=torch.int64)
     if len(boxes) == 0:
         none = torch.zeros_like(candidates)
-        return Assignment(matched=matched, positive=none, negative=candidates.clone())
+        return Assignment(matched=centers.new_zeros(num, dtype=torch.int64), positive=none, negative=candidates.clone())
 
     size = boxes[:, 2:] - boxes[:, :2]
     area = size.prod(1)

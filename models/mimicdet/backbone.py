@@ -87,7 +87,7 @@ def _load(net: nn.Module, name: str, weights: str) -> LoadReport:
         raise ValueError(f"weights {weights}: torchvision publishes no such weights of {name}, expected one of {known}")
     try:
         tensors = published[weights].get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter of a download whose hash is wrong
         raise ValueError(f"weights {weights} of {name} cannot be downloaded: {error}") from None
     return load_tensors(net, tensors, f"weights {weights}", ignore=CLASSIFIER)
 

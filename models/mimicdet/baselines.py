@@ -131,9 +131,9 @@ class Baseline(Detector):
 
 
 def _seed(targets: Targets) -> int:
-    keys = [target["key"] for target in targets if "key" in target]
+    keys = [int(target["key"]) for target in targets if "key" in target]
     # As in MimicDet, the generator decides where no key does.
-    return int(torch.stack(keys).sum() if len(keys) == len(targets) else torch.randint(1 << 62, ()))
+    return sum(keys) % (1 << 63) if len(keys) == len(targets) else int(torch.randint(1 << 62, ()))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import inf
 from typing import ClassVar, Literal
 
 # Read by pydantic when a schema embeds these classes; this package itself never imports it.
@@ -18,6 +19,10 @@ _STRICT: dict[str, object] = {"extra": "forbid"}
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _require_deltas_std(std: tuple[float, ...]) -> None:
+    _require(len(std) == 4 and all(0 < each < inf for each in std), f"box_std must be 4 positive numbers, found {std}")
 
 
 def is_published_name(weights: str) -> bool:
@@ -45,7 +50,8 @@ class BackboneConfig:
     """How many stages keep their weights, the stem being the first. None is 2 with weights (stem and C2, as
     Faster R-CNN) and 0 without. (chosen)"""
     width: int = 64
-    """Channels of C2 in ResNet-18, C3 to C5 in proportion; less than 64 only from a random start."""
+    """Channels of C2 in ResNet-18, C3 to C5 in proportion; less than 64 only from a random start. (chosen, for
+    small machines)"""
 
     def __post_init__(self) -> None:
         # Resolved here, so that a resolved experiment shows what is used.
@@ -74,9 +80,11 @@ class PyramidConfig:
     __pydantic_config__: ClassVar[dict[str, object]] = _STRICT
 
     channels: int = 256
+    """(paper)"""
     min_level: int = 3
     """Lowest level that refinement and student read. (paper: 3)"""
     max_level: int = 7
+    """Highest level that they read. (paper: 7)"""
     stagger: int = 1
     """Levels between an anchor and where the teacher pools it. (paper: 1; 0 is its ablation)"""
     extra_from: Literal["c5", "p5"] = "p5"
@@ -103,7 +111,7 @@ class AnchorConfig:
     scale: float = 4.0
 
     def __post_init__(self) -> None:
-        _require(self.scale > 0, f"scale must be positive, found {self.scale}")
+        _require(0 < self.scale < inf, f"scale must be positive, found {self.scale}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,14 +130,17 @@ class RefinementConfig:
     ignore_ratio: float = 0.3
     """Centres between center_ratio and this share are neither positive nor negative; equal means no ring. (chosen)"""
     forced_assignment: bool = True
-    """A box without any centre in its region takes the nearest anchor of its level; else it is not learned.
+    """An object whose region holds no anchor's centre is given the closest anchor on its level, rather than none.
     (chosen)"""
     loss: Literal["sampled", "focal"] = "sampled"
     """sampled is binary cross-entropy over `num_samples` anchors; focal is the focal loss (Lin et al. 2017, alpha
     0.25, gamma 2) over all anchors, divided by the number of positives. (chosen)"""
     num_samples: int = 256
+    """Anchors per image that the sampled loss looks at. (chosen)"""
     positive_fraction: float = 0.5
     """At most this share of the samples is positive; negatives fill the rest. (chosen)"""
+    regress: bool = True
+    """False leaves anchors where they are and predicts objectness alone: the ablation of the first regression."""
     box_std: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
     """What the deltas are divided by. (chosen)"""
     detach_boxes: bool = True
@@ -142,9 +153,10 @@ class RefinementConfig:
     pre_nms_topk: int = 4000
     """Best anchors by objectness that enter the NMS; bounds its time. (chosen)"""
     loss_weight: float = 1.0
+    """(paper: 1)"""
 
     def __post_init__(self) -> None:
-        _require(self.loss_weight >= 0, f"loss_weight must be 0 or more, found {self.loss_weight}")
+        _require(0 <= self.loss_weight < inf, f"loss_weight must be 0 or more, found {self.loss_weight}")
         _require(
             0 < self.center_ratio <= self.ignore_ratio <= 1,
             f"0 < center_ratio <= ignore_ratio <= 1 is needed, found {self.center_ratio} and {self.ignore_ratio}",
@@ -159,10 +171,10 @@ class RefinementConfig:
             "num_samples, num_proposals and pre_nms_topk must be positive",
         )
         _require(self.width is None or self.width > 0, f"width must be positive or null, found {self.width}")
-        _require(min(self.box_std) > 0, f"box_std must be positive, found {self.box_std}")
+        _require_deltas_std(self.box_std)
         bounds = self.scale_bounds or ()
         _require(
-            all(0 < low < high for low, high in pairwise((0.5 * min(bounds, default=1), *bounds))),
+            all(0 < bound < inf for bound in bounds) and all(low < high for low, high in pairwise(bounds)),
             f"scale_bounds must be positive and rise, found {self.scale_bounds}",
         )
 
@@ -179,13 +191,17 @@ class StudentConfig:
     """Hidden widths of the micro-network. (paper)"""
     offsets: Literal["learned", "analytic", "analytic_learned", "none"] = "learned"
     """learned is the paper's; analytic spans the refined box; analytic_learned adds a learned residual. (chosen)"""
+    offset_init_std: float = 0.0
+    """Spread of the micro-network's last weights at the start; 0 starts from a plain convolution. (chosen)"""
     kernel_sizes: tuple[int, ...] = (3, 5)
     """Taps per side from the lowest level up; the last one serves all levels above. (paper: 3, then 5) Each entry
     has a micro-network and a convolution of its own. (chosen)"""
     detach_offsets: bool = True
     """No gradient through the micro-network's input into the refinement module. (chosen)"""
     box_std: tuple[float, float, float, float] = (0.1, 0.1, 0.2, 0.2)
+    """What the deltas are divided by. (chosen)"""
     iou_threshold: float = 0.5
+    """From this overlap on a refined box is positive. (chosen)"""
     num_samples: int = 128
     """Hard-mined boxes per image. (paper)"""
     mining: Literal["sum", "cls", "random"] = "sum"
@@ -196,9 +212,10 @@ class StudentConfig:
     positive_fraction: float | None = 0.25
     """Share of mined boxes kept for positives, each part mined by itself; None mines over all. (chosen)"""
     loss_weight: float = 1.0
+    """(paper: 1)"""
 
     def __post_init__(self) -> None:
-        _require(self.loss_weight >= 0, f"loss_weight must be 0 or more, found {self.loss_weight}")
+        _require(0 <= self.loss_weight < inf, f"loss_weight must be 0 or more, found {self.loss_weight}")
         _require(
             len(self.kernel_sizes) > 0 and all(k % 2 == 1 and k >= 3 for k in self.kernel_sizes),
             f"kernel_sizes must be odd, 3 or more, found {self.kernel_sizes}",
@@ -207,6 +224,7 @@ class StudentConfig:
             min(self.head_width, self.num_samples, *self.offset_channels) > 0,
             "widths and num_samples must be positive",
         )
+        _require(0 <= self.offset_init_std < inf, f"offset_init_std must be 0 or more, found {self.offset_init_std}")
         _require(
             self.mining_pool is None or self.mining_pool >= self.num_samples,
             f"mining_pool must hold num_samples {self.num_samples} boxes, found {self.mining_pool}",
@@ -216,7 +234,7 @@ class StudentConfig:
             self.positive_fraction is None or 0 < self.positive_fraction <= 1,
             f"positive_fraction must be in (0, 1] or null, found {self.positive_fraction}",
         )
-        _require(min(self.box_std) > 0, f"box_std must be positive, found {self.box_std}")
+        _require_deltas_std(self.box_std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,16 +250,20 @@ class TeacherConfig:
     positive_fraction: float = 0.25
     """(paper: 1 : 3)"""
     iou_threshold: float = 0.5
-    """(chosen)"""
+    """From this overlap on a RoI is positive. (chosen)"""
     num_convs: int = 4
     """3x3 convolutions of the regression branch. (paper)"""
     pooled_size: int = 7
+    """Cells per side of a pooled RoI. (paper)"""
     sampling_ratio: int = 2
+    """RoIAlign's points per side of a cell. (chosen)"""
     box_std: tuple[float, float, float, float] = (0.1, 0.1, 0.2, 0.2)
+    """What the deltas are divided by. (chosen)"""
     loss_weight: float = 1.0
+    """(paper: 1)"""
 
     def __post_init__(self) -> None:
-        _require(self.loss_weight >= 0, f"loss_weight must be 0 or more, found {self.loss_weight}")
+        _require(0 <= self.loss_weight < inf, f"loss_weight must be 0 or more, found {self.loss_weight}")
         _require(
             min(self.num_rois, self.pooled_size, self.sampling_ratio) > 0,
             "num_rois, pooled_size and sampling_ratio must be positive",
@@ -252,7 +274,7 @@ class TeacherConfig:
             f"positive_fraction must be in (0, 1], found {self.positive_fraction}",
         )
         _require(0 < self.iou_threshold < 1, f"iou_threshold must be in (0, 1), found {self.iou_threshold}")
-        _require(min(self.box_std) > 0, f"box_std must be positive, found {self.box_std}")
+        _require_deltas_std(self.box_std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,13 +284,15 @@ class MimicConfig:
     __pydantic_config__: ClassVar[dict[str, object]] = _STRICT
 
     cls_weight: float = 1.0
+    """(paper: 1)"""
     reg_weight: float = 1.0
+    """(paper: 1)"""
     detach_teacher: bool = True
     """No gradient of the mimic loss into the teacher. (chosen)"""
     num_boxes: int | None = None
     """How many boxes per image are mimicked; None is the teacher's sampled set. (chosen)"""
     warmup_steps: int = 0
-    """Steps over which both weights rise linearly from 0. (chosen)"""
+    """Over so many steps W both weights rise linearly, by 1 / (W + 1) a step. (chosen)"""
     centered_logits: bool = False
     """Subtract each box's mean logit first: softmax does not see it, a cosine does. (chosen)"""
     reg_positives_only: bool = False
@@ -277,7 +301,10 @@ class MimicConfig:
     """Mimic the regression feature as it is before its ReLU. (chosen)"""
 
     def __post_init__(self) -> None:
-        _require(min(self.cls_weight, self.reg_weight) >= 0, "mimic weights must be 0 or more")
+        _require(
+            min(self.cls_weight, self.reg_weight) >= 0 and max(self.cls_weight, self.reg_weight) < inf,
+            f"mimic weights must be 0 or more, found {self.cls_weight} and {self.reg_weight}",
+        )
         _require(
             self.num_boxes is None or self.num_boxes > 0, f"num_boxes must be positive or null, found {self.num_boxes}"
         )
@@ -314,10 +341,13 @@ class ModelConfig:
     detector: Literal["mimicdet", "retinanet", "fcos", "faster_rcnn"] = "mimicdet"
     """The others are torchvision's; they read backbone, pyramid, anchors and inference, and none of the rest."""
     weights: str | None = None
-    """Path of a whole detector's weights (safetensors, as a run writes them) to start from."""
+    """Path of a whole detector's weights (safetensors, as a run writes them) to start from; read by whoever builds
+    the detector for a run, and then the backbone's own weights are not."""
     class_space: Literal["softmax", "sigmoid"] = "softmax"
     """Of both heads: softmax over the classes and background, or a sigmoid for each class. (chosen; the record
     has 81 outputs for one head and 80 for the other)"""
+    box_loss_over: Literal["sampled", "positives"] = "sampled"
+    """What each L1 loss is divided by: how many boxes were sampled, or how many of them are positive. (chosen)"""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     pyramid: PyramidConfig = field(default_factory=PyramidConfig)
     anchors: AnchorConfig = field(default_factory=AnchorConfig)
@@ -348,9 +378,16 @@ class ModelConfig:
             ValueError: it cannot; the message says why.
         """
         _require(num_classes >= 1, f"num_classes must be at least 1, found {num_classes}")
-        if self.detector != "mimicdet" or not self.teacher.enabled or self.mimic.cls_weight == 0:
+        if self.detector != "mimicdet" or not self.teacher.enabled:
             return
-        reason = "the cosine of two single numbers has no gradient: expected mimic.cls_weight 0 or more classes"
+        reason = "the cosine of two single numbers has no gradient"
+        _require(
+            self.student.head_width > 1 or self.mimic.reg_weight == 0,
+            f"student.head_width 1: {reason}: expected mimic.reg_weight 0 or a wider head",
+        )
+        if self.mimic.cls_weight == 0:
+            return
+        reason += ": expected mimic.cls_weight 0 or more classes"
         _require(num_classes > 1 or self.class_space == "softmax", f"class_space sigmoid with one class: {reason}")
         # Two logits less their mean are (a, -a): one number.
         _require(num_classes > 1 or not self.mimic.centered_logits, f"mimic.centered_logits with one class: {reason}")

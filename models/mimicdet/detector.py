@@ -20,7 +20,7 @@ from mimicdet.refinement import Refinement, propose, refinement_losses
 from mimicdet.shared import Shared
 from mimicdet.student import Features, HeadOutput, Student
 from mimicdet.teacher import Teacher
-from mimicdet.training import Boxes, box_losses, match, mean_per_image, mine_boxes, mining_rank, sample_rois
+from mimicdet.training import Boxes, box_losses, match, mean_per_image, mine_boxes, random_rank, sample_rois
 
 
 class MimicDet(Detector):
@@ -49,6 +49,10 @@ class MimicDet(Detector):
             ValueError: the configuration cannot work with so many classes, or weights do not fit.
         """
         super().__init__()
+        if config.detector != "mimicdet":
+            raise ValueError(f"detector {config.detector} is a Baseline, expected mimicdet")
+        if config.weights is not None:
+            raise ValueError(f"weights {config.weights}: load a detector's weights with mimicdet.weights.load_matching")
         config.check_classes(num_classes)
         self.config = config
         self.num_classes = num_classes
@@ -115,6 +119,7 @@ class MimicDet(Detector):
                     target["key"],
                     config.anchors.scale,
                     config.refinement,
+                    config.box_loss_over,
                 )
             )
             proposals.append(
@@ -154,10 +159,13 @@ class MimicDet(Detector):
     def _mine(self, shared: Shared, pools: Sequence[Boxes], targets: Targets) -> Boxes:
         """Hard mining: rank all proposals by the student's loss without gradient, keep each image's hardest."""
         config = self.config.student
+        if config.mining == "random":
+            return mine_boxes(pools, random_rank(pools, shared, targets), config)
         pool = Boxes.concatenate(pools)
         output = self._student(shared, pool.image, pool.position)
-        losses = box_losses(output, pool, shared, targets, config.box_std, self.num_classes)
-        return mine_boxes(pools, mining_rank(losses, pools, targets, config), config)
+        cls_loss, box_loss = box_losses(output, pool, shared, targets, config.box_std, self.num_classes)
+        rank = cls_loss if config.mining == "cls" else cls_loss + box_loss
+        return mine_boxes(pools, rank.split([len(each.image) for each in pools]), config)
 
     def _sample(self, shared: Shared, proposals: Sequence[Tensor], targets: Targets) -> tuple[Boxes, Tensor, Tensor]:
         """RoIs that the teacher looks at, and (n,) bool of those that it learns from and that are mimicked."""
@@ -166,7 +174,7 @@ class MimicDet(Detector):
         rois, learned, mimicked = [], [], []
         for i, (proposed, target) in enumerate(zip(proposals, targets, strict=True)):
             pool = match(i, proposed, shared, target, config.iou_threshold)
-            wanted = [sample_rois(pool, num, target["key"], config) for num in (config.num_rois, num_mimicked)]
+            wanted = [sample_rois(pool, shared, num, target["key"], config) for num in (config.num_rois, num_mimicked)]
             every = max(wanted, key=len)
             rois.append(pool.take(every))
             learned.append(torch.isin(every, wanted[0]))
@@ -180,7 +188,7 @@ class MimicDet(Detector):
         cls_loss, box_loss = box_losses(output, mined, shared, targets, config.box_std, self.num_classes)
         losses = {
             "student_cls": config.loss_weight * mean_per_image(cls_loss, mined.image, num),
-            "student_box": config.loss_weight * mean_per_image(box_loss, mined.image, num),
+            "student_box": config.loss_weight * self._box_mean(box_loss, mined, num),
         }
         return losses, {"mined_positives": mean_per_image(mined.positive.float(), mined.image, num)}
 
@@ -206,16 +214,20 @@ class MimicDet(Detector):
         rise = 1.0 if self._step is None else warmup(self._step, config.mimic)
         losses = {
             "teacher_cls": config.teacher.loss_weight * mean(cls_loss, learned),
-            "teacher_box": config.teacher.loss_weight * mean(box_loss, learned),
+            "teacher_box": config.teacher.loss_weight * self._box_mean(box_loss[learned], rois.take(learned), num),
             "mimic_cls": rise * config.mimic.cls_weight * mean(by_class, mimicked),
             "mimic_reg": rise * config.mimic.reg_weight * mean(by_feature, shown),
         }
         metrics = {
-            "cosine_cls": 1 - mean(by_class.detach(), mimicked),
-            "cosine_reg": 1 - mean(by_feature.detach(), mimicked),
+            "cosine_cls": mean(1 - by_class.detach(), mimicked),
+            "cosine_reg": mean(1 - by_feature.detach(), mimicked),
             "roi_positives": mean(rois.positive.float(), learned),
         }
         return losses, metrics
+
+    def _box_mean(self, losses: Tensor, boxes: Boxes, num: int) -> Tensor:
+        counted = boxes.positive if self.config.box_loss_over == "positives" else None
+        return mean_per_image(losses, boxes.image, num, counted)
 
     # ---- inference ----
 
@@ -294,8 +306,8 @@ class MimicDet(Detector):
 
     def _teacher(self, teacher: Teacher, shared: Shared, image: Tensor, position: Tensor) -> HeadOutput:
         # An anchor of P_L is pooled from P_{L - stagger}. (paper)
-        level = torch.tensor(self.pyramid.high_levels, device=position.device)[shared.grid.level[position]]
-        pyramid = {level: shared.pyramid[level] for level in self.pyramid.high_levels}
+        level = shared.grid.level[position] + self.pyramid.lowest
+        pyramid = {each: shared.pyramid[each] for each in self.pyramid.high_levels}
         output = teacher(pyramid, shared.refined[image, position], image, level)
         assert isinstance(output, HeadOutput)
         return output

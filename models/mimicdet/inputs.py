@@ -32,6 +32,8 @@ def check_images(images: Sequence[Tensor]) -> None:
     if len(images) == 0:
         raise ValueError("the detector needs at least one image, found an empty list")
     for i, image in enumerate(images):
+        if not isinstance(image, Tensor):
+            raise ValueError(f"image {i}: expected a tensor, found {type(image).__name__}")
         shape = tuple(image.shape)
         if image.ndim != 3 or shape[0] != 3:
             raise ValueError(f"image {i}: expected 3 channels as (3, H, W), found {shape}")
@@ -65,6 +67,8 @@ def _check_target(
     target: Mapping[str, Tensor], name: str, size: torch.Size, num_classes: int, dtype: torch.dtype
 ) -> None:
     height, width = size
+    if not isinstance(target, Mapping):
+        raise ValueError(f"{name}: expected boxes and labels by name, found {type(target).__name__}")
     for key in ("boxes", "labels"):
         if key not in target:
             raise ValueError(f"{name}: expected boxes and labels, found {', '.join(target) or 'nothing'}")
@@ -137,6 +141,8 @@ def batch_images(images: Sequence[Tensor], pad_to: tuple[int, int] | None, mean:
     Raises:
         ValueError: `pad_to` is smaller than an image.
     """
+    if mean.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"the detector's weights are {mean.dtype}, expected fp32 (or fp64); use autocast for speed")
     largest = [max(int(image.shape[axis]) for image in images) for axis in (-2, -1)]
     height, width = pad_to or [-(-side // PAD_MULTIPLE) * PAD_MULTIPLE for side in largest]
     if height < largest[0] or width < largest[1]:

@@ -27,7 +27,7 @@ def mimic_losses(student: HeadOutput, teacher: HeadOutput, config: MimicConfig) 
 
 
 def warmup(step: int, config: MimicConfig) -> float:
-    """Factor of both mimic weights at a training step, from 0: a linear rise over `warmup_steps`."""
+    """Factor of both mimic weights at a training step (from 0): 1 / (W + 1) at first, 1 after W = `warmup_steps`."""
     return min(1.0, (step + 1) / (config.warmup_steps + 1))
 
 

@@ -26,7 +26,6 @@ class Pyramid(nn.Module):
         channels = config.channels
         from_backbone = range(min(self.lowest, 5), 6)
         self.lateral = nn.ModuleDict({str(i): nn.Conv2d(in_channels[i], channels, 1) for i in from_backbone})
-        # C5's output is needed as P5 or as the source of P6; a level above min_level - stagger always is.
         self.output = nn.ModuleDict({str(i): nn.Conv2d(channels, channels, 3, padding=1) for i in from_backbone})
         source = in_channels[5] if config.extra_from == "c5" else channels
         self.extra = nn.ModuleDict(
@@ -38,8 +37,8 @@ class Pyramid(nn.Module):
         for conv in self.modules():
             if isinstance(conv, nn.Conv2d):
                 nn.init.kaiming_uniform_(conv.weight, a=1)
-                if conv.bias is not None:
-                    nn.init.zeros_(conv.bias)
+                assert conv.bias is not None
+                nn.init.zeros_(conv.bias)
 
     def forward(self, features: Mapping[int, Tensor], *, lowest: int | None = None) -> dict[int, Tensor]:
         """Compute P_lowest..P_max.

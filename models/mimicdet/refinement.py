@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,8 @@ class Refinement(nn.Module):
         width = config.width or channels
         self.conv = nn.Conv2d(channels, width, 3, padding=1)
         self.objectness = nn.Conv2d(width, 1, 1)
-        self.deltas = nn.Conv2d(width, 4, 1)
-        for layer in (self.conv, self.objectness, self.deltas):
+        self.deltas = nn.Conv2d(width, 4, 1) if config.regress else None
+        for layer in filter(None, (self.conv, self.objectness, self.deltas)):
             nn.init.normal_(layer.weight, std=0.01)
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
@@ -39,9 +40,22 @@ class Refinement(nn.Module):
         objectness, deltas = [], []
         for level in levels:
             hidden = F.relu(self.conv(level))
-            objectness.append(self.objectness(hidden).flatten(1))
-            deltas.append(self.deltas(hidden).flatten(2).transpose(1, 2))
-        return full_precision(torch.cat(objectness, 1)), full_precision(torch.cat(deltas, 1))
+            # In half precision many of the best objectness values would be equal, and their order the kernel's.
+            with _without_autocast(hidden.device.type):
+                hidden = full_precision(hidden)
+                objectness.append(self.objectness(hidden).flatten(1))
+                moved = (
+                    hidden.new_zeros(len(hidden), 4, *hidden.shape[2:]) if self.deltas is None else self.deltas(hidden)
+                )
+                deltas.append(moved.flatten(2).transpose(1, 2))
+        return torch.cat(objectness, 1), torch.cat(deltas, 1)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    # Only where there is something to switch off: a traced graph stays free of it, and not all devices know it.
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def prior_bias(prior: float = 0.01) -> float:
@@ -59,16 +73,18 @@ def refinement_losses(
     key: Tensor,
     scale: float,
     config: RefinementConfig,
+    over: str = "sampled",
 ) -> tuple[Tensor, Tensor]:
     """Classification loss and L1 of one image.
 
-    Both are divided by the number of sampled anchors; with `loss: focal` all anchors that are not ignored count,
-    and both are divided by the number of positives.
+    Both are divided by the number of sampled anchors, the L1 by that of positives if `over` says so; with `loss:
+    focal` all anchors that are not ignored count, and both are divided by the number of positives.
 
     Args:
         objectness, deltas: (P,) and (P, 4) of the image.
         grid, candidates, boxes, iscrowd, scale, config: see `assign_anchors`.
         key: scalar int64 that decides the random sample.
+        over: what the L1 is divided by, see `ModelConfig.box_loss_over`.
     """
     assignment = assign_anchors(grid, candidates, boxes, iscrowd, scale, config)
     if config.loss == "focal":
@@ -79,25 +95,28 @@ def refinement_losses(
         )
         hit = assignment.positive.nonzero().flatten()
         return cls_loss / num, _box_loss(deltas, grid, boxes, assignment, hit, config) / num
-    positions = torch.arange(len(objectness), device=objectness.device)
     chosen = sample(
         assignment.positive,
         assignment.negative,
         config.num_samples,
         config.positive_fraction,
-        priority(key, REFINEMENT, positions),
+        priority(key, REFINEMENT, grid.name),
     )
     num = max(1, len(chosen))
     target = assignment.positive[chosen]
     cls_loss = (
         F.binary_cross_entropy_with_logits(objectness[chosen], target.to(objectness.dtype), reduction="sum") / num
     )
-    return cls_loss, _box_loss(deltas, grid, boxes, assignment, chosen[target], config) / num
+    hit = chosen[target]
+    num = num if over == "sampled" else max(1, len(hit))
+    return cls_loss, _box_loss(deltas, grid, boxes, assignment, hit, config) / num
 
 
 def _box_loss(
     deltas: Tensor, grid: Grid, boxes: Tensor, assignment: Assignment, hit: Tensor, config: RefinementConfig
 ) -> Tensor:
+    if not config.regress:
+        return deltas.new_zeros(())
     wanted = encode(boxes[assignment.matched[hit]], grid.anchors[hit], config.box_std)
     return F.l1_loss(deltas[hit], wanted, reduction="sum")
 

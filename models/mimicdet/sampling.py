@@ -1,8 +1,8 @@
 """Which boxes a loss looks at: random samples that depend on a key alone, and hard mining.
 
-Random choices are counter-based: a candidate's priority is a hash of (key, stream, candidate), so the same
-image with the same key samples the same candidates on any machine, in any company and after any restart. A
-candidate is an index into the positions of the padded image: another padding draws others.
+Random choices are counter-based: a candidate's priority is a hash of (key, stream, name of the candidate), so the
+same image with the same key samples the same candidates on any machine, in any company, however it is padded and
+after any restart.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def priority(key: Tensor, stream: int, candidates: Tensor) -> Tensor:
-    """Pseudo-random int64 of each candidate (n,) under an image's key (scalar int64) and a stream."""
+    """Pseudo-random int64 of each candidate, by its name (n,), under an image's key (scalar int64) and a stream."""
     start = _mix(key + _signed(stream * _INCREMENT))
     return _mix(start + (candidates + 1) * _INCREMENT)
 

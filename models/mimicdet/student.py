@@ -1,8 +1,8 @@
 """S-head: the deployed head, evaluated at chosen positions only.
 
-Every output at a position depends on the pyramid around that position and on the four deltas there. A
-deformable convolution at n points is a bilinear gather of n × K taps followed by one matrix product, so the head
-costs in proportion to the boxes that training or inference looks at, not to the size of the image.
+No output needs more than the pyramid near its own position and the deltas that refinement gave there. So the
+deformable convolution reads the K taps of the n boxes in question and multiplies them by its weights once, and the
+head's cost follows the number of boxes that training or inference looks at rather than the size of the image.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class HeadOutput:
     Attributes:
         logits: (n, C + 1) class logits, background last; (n, C) in the class space `sigmoid`.
         deltas: (n, 4) second regression, from the refined box, divided by the head's `box_std`.
-        feature: (n, F) regression feature before its ReLU, the one that is mimicked.
+        feature: (n, F) regression feature before its ReLU; mimicking takes it after the ReLU or before.
     """
 
     logits: Tensor
@@ -176,8 +176,10 @@ class AdaptiveConv(nn.Module):
         self.micro = nn.Sequential()
         if self.offsets in ("learned", "analytic_learned"):
             last = nn.Linear(second, 2 * num_taps)
-            # From zero, so that training starts from a plain convolution or from the analytic grid.
+            # From zero, training starts from a plain convolution or from the analytic grid.
             nn.init.zeros_(last.weight)
+            if config.offset_init_std > 0:
+                nn.init.normal_(last.weight, std=config.offset_init_std)
             nn.init.zeros_(last.bias)
             self.micro = nn.Sequential(nn.Linear(4, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), last)
         conv = nn.Conv2d(channels, channels, kernel_size)

@@ -67,24 +67,21 @@ def match(image: int, proposals: Tensor, shared: Shared, target: Mapping[str, Te
     return Boxes.of(image, proposals, assign_proposals(refined, target["boxes"], target["iscrowd"], iou_threshold))
 
 
-def sample_rois(pool: Boxes, num: int, key: Tensor, config: TeacherConfig) -> Tensor:
+def sample_rois(pool: Boxes, shared: Shared, num: int, key: Tensor, config: TeacherConfig) -> Tensor:
     """Index (m,) into one image's proposals: a random sample of `num`, positives to negatives as configured.
 
     With the same key, a smaller sample is part of a larger one.
     """
-    priorities = priority(key, TEACHER, pool.position)
+    priorities = priority(key, TEACHER, shared.grid.name[pool.position])
     return sample(pool.positive, pool.negative, num, config.positive_fraction, priorities)
 
 
-def mining_rank(
-    losses: tuple[Tensor, Tensor], pools: Sequence[Boxes], targets: Targets, config: StudentConfig
-) -> list[Tensor]:
-    """What the student's boxes are mined by, (R,) of each image, from their classification and box losses."""
-    if config.mining == "random":
-        return [priority(t["key"], STUDENT, pool.position) for pool, t in zip(pools, targets, strict=True)]
-    cls_loss, box_loss = losses
-    rank = cls_loss if config.mining == "cls" else cls_loss + box_loss
-    return list(rank.split([len(pool.image) for pool in pools]))
+def random_rank(pools: Sequence[Boxes], shared: Shared, targets: Targets) -> list[Tensor]:
+    """What the student's boxes are chosen by where nothing is mined, (R,) of each image."""
+    return [
+        priority(target["key"], STUDENT, shared.grid.name[pool.position])
+        for pool, target in zip(pools, targets, strict=True)
+    ]
 
 
 def mine_boxes(pools: Sequence[Boxes], ranks: Sequence[Tensor], config: StudentConfig) -> Boxes:
@@ -117,7 +114,11 @@ def box_losses(
     return head_losses(output, label, encode(torch.cat(wanted), refined, box_std), num_classes)
 
 
-def mean_per_image(values: Tensor, image: Tensor, num_images: int) -> Tensor:
-    """Mean (N,) of values (n,) over each image's boxes; zero, attached to the graph, where it has none."""
+def mean_per_image(values: Tensor, image: Tensor, num_images: int, counted: Tensor | None = None) -> Tensor:
+    """Sum (N,) of values (n,) over each image's boxes, by how many there are, or how many are `counted` (n,).
+
+    Zero, attached to the graph, where there are none.
+    """
     total = values.new_zeros(num_images).index_add(0, image, values)
+    image = image if counted is None else image[counted]
     return total / torch.bincount(image, minlength=num_images).clamp(min=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mimicdet import MimicDet, ModelConfig
@@ -35,7 +36,9 @@ def build_detector(
     """
     kind: type[MimicDet] | type[Baseline] = MimicDet if config.detector == "mimicdet" else Baseline
     try:
-        detector: Detector = kind(config, len(classes), pretrained=pretrained)
+        # Weights of a whole detector hold its backbone's: that file is not needed then, and may be gone.
+        own = replace(config, weights=None)
+        detector: Detector = kind(own, len(classes), pretrained=pretrained and config.weights is None)
         if detector.backbone_report is not None:
             say(f"{config.backbone.weights}: {detector.backbone_report}")
         if config.weights is not None and pretrained:

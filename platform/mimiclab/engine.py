@@ -21,7 +21,7 @@ class Batch:
     """A rank's part of one global batch.
 
     Attributes:
-        images: uint8 (3, H, W) each, sizes may differ; may be empty.
+        images: uint8 (3, H, W) each, sizes may differ.
         targets: boxes (M, 4) float32 xyxy pixels, labels (M,) int64 from 0, iscrowd (M,) bool and key, an
             int64 scalar, of each image.
         pad_to: (H, W) that the global batch is padded to.
@@ -32,6 +32,12 @@ class Batch:
     targets: list[dict[str, Tensor]]
     pad_to: tuple[int, int]
     image_ids: list[int]
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory, which a GPU copies from while it computes; torch's DataLoader asks."""
+        images = [image.pin_memory() for image in self.images]
+        targets = [{name: value.pin_memory() for name, value in target.items()} for target in self.targets]
+        return Batch(images, targets, self.pad_to, self.image_ids)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -59,8 +65,8 @@ class _Objective(nn.Module):
         with torch.autocast(kind, dtype=self.dtype, enabled=self.dtype is not None):
             terms = self.detector.loss_terms(batch.images, batch.targets, pad_to=batch.pad_to)
         sums = {name: values.sum() for name, values in {**terms.losses, **terms.metrics}.items()}
-        # A sum over the slice, scaled so that the average over ranks that DDP takes is the mean over the
-        # global batch, also when slices are uneven.
+        # DDP averages over ranks, whose slices may be uneven: scaled like this, that average is the mean over all
+        # images of the global batch.
         total = torch.stack([sums[name] for name in terms.losses]).sum() * self.share
         sound = torch.stack([values.detach() for values in terms.losses.values()]).isfinite().all(0)
         return total, sums, sound
@@ -138,17 +144,17 @@ class Engine:
         return answer
 
     def _check_finite(self, values: Mapping[str, Tensor], batch: Batch, sound: Tensor | None = None) -> None:
-        if all(torch.isfinite(value) for value in values.values()):
+        if torch.stack([value.detach().float() for value in values.values()]).isfinite().all():
             return
         broken = [f"{name} is {float(value)}" for name, value in values.items() if not torch.isfinite(value)]
-        if sound is None:
-            where = f"this rank's images are {batch.image_ids}"
-        elif sound.all():
-            where = "none of this rank's images broke"
-        else:
-            images = [image for image, good in zip(batch.image_ids, sound.tolist(), strict=True) if not good]
-            where = f"of this rank's images these broke: {images}"
-        raise NonFiniteLossError(f"step {self.step + 1}: {', '.join(broken)} over the global batch; {where}")
+        good = [False] * len(batch.image_ids) if sound is None else sound.tolist()
+        images = [image for image, finite in zip(batch.image_ids, good, strict=True) if not finite]
+        if self.world > 1:  # the values are the same on every rank: all of them come here
+            shares: list[list[int]] = [[]] * self.world
+            dist.all_gather_object(shares, images)
+            images = [image for share in shares for image in share]
+        what = "the batch's images" if sound is None else "the images that broke"
+        raise NonFiniteLossError(f"step {self.step + 1}: {', '.join(broken)} over the global batch; {what}: {images}")
 
     @property
     def _share(self) -> float:

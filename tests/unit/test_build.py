@@ -81,6 +81,17 @@ def test_the_same_classes_take_everything_and_say_so(trained):
     assert said == [f"{path}: {len(state)} tensors loaded"]
 
 
+def test_the_backbone_s_file_is_not_needed_beside_a_detector_s(trained):
+    state, path = trained
+    backbone = BackboneConfig(name="resnet18", width=16)
+    gone = replace(TINY, weights=str(path), backbone=backbone)
+    object.__setattr__(backbone, "weights", "/gone/resnet18.pth")
+
+    detector = build_detector(gone, ["cat", "dog"])
+
+    assert all(torch.equal(tensor, state[name]) for name, tensor in detector.state_dict().items())
+
+
 def test_weights_of_another_model_are_refused_with_what_does_not_fit(trained):
     _, path = trained
     wider = replace(TINY, weights=str(path), pyramid=replace(TINY.pyramid, channels=24))

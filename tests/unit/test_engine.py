@@ -252,7 +252,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(dataset):
     message = str(caught.value)
     assert message.startswith("step 2: ")
     assert "refine_box is nan" in message
-    assert message.endswith(f"of this rank's images these broke: [{broken.image_ids[1]}]")
+    assert message.endswith(f"the images that broke: [{broken.image_ids[1]}]")
     assert trained.step == 1
     assert all(torch.equal(value, before[name]) for name, value in trained.detector.state_dict().items())
 
@@ -263,7 +263,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_move():
 
     with pytest.raises(
         NonFiniteLossError,
-        match=r"step 1: grad_norm is (nan|inf) over the global batch; this rank's images are \[105\]",
+        match=r"step 1: grad_norm is (nan|inf) over the global batch; the batch's images: \[105\]",
     ):
         trained.train_step(plain_batch(5))
 

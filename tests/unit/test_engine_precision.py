@@ -72,6 +72,8 @@ def test_networks_run_in_half_precision_and_losses_do_not(precision: str, dtype:
     losses = trained.detector.loss_terms
     trained.detector.loss_terms = lambda *a, **k: answers.append(terms := losses(*a, **k)) or terms  # type: ignore
     trained.train_step(batch())
+    # Boxes and the order of proposals come from these two.
+    assert {seen.pop("refinement.objectness"), seen.pop("refinement.deltas")} == {torch.float32}
     assert set(seen.values()) == {dtype}
     assert {"backbone.stages.0.0", "pyramid.output.3", "refinement.conv", "student.logits", "teacher.deltas"} <= set(
         seen
@@ -135,5 +137,5 @@ def test_the_scale_goes_on_after_a_restart() -> None:
 def test_broken_weights_stop_training_in_any_precision(precision: str) -> None:
     trained = engine(precision)
     trained.detector.student.deltas.bias.data[0] = math.nan  # type: ignore[union-attr]
-    with pytest.raises(NonFiniteLossError, match=r"step 1: loss is nan, student_box is nan over the global batch; of"):
+    with pytest.raises(NonFiniteLossError, match=r"step 1: loss is nan, student_box is nan over the global batch; the"):
         trained.train_step(batch())

@@ -45,6 +45,13 @@ INVALID: list[tuple[type, dict[str, Any], str]] = [
     (RefinementConfig, {"width": 0}, "width"),
     (RefinementConfig, {"box_std": (1.0, 1.0, 1.0, 0.0)}, "box_std"),
     (RefinementConfig, {"scale_bounds": (64.0, 64.0)}, "rise"),
+    (RefinementConfig, {"scale_bounds": (64.0, float("inf"))}, "rise"),
+    (RefinementConfig, {"box_std": (1.0, float("nan"), 1.0, 1.0)}, "box_std"),
+    (RefinementConfig, {"box_std": (1.0, 1.0)}, "box_std"),
+    (StudentConfig, {"box_std": (float("inf"), 1.0, 1.0, 1.0)}, "box_std"),
+    (StudentConfig, {"offset_init_std": -0.1}, "offset_init_std"),
+    (AnchorConfig, {"scale": float("inf")}, "scale"),
+    (MimicConfig, {"cls_weight": float("inf")}, "mimic weights"),
     (RefinementConfig, {"scale_bounds": (0.0, 64.0)}, "positive"),
     (RefinementConfig, {"num_samples": 0}, "num_samples"),
     (RefinementConfig, {"num_proposals": 0}, "num_proposals"),
@@ -137,6 +144,7 @@ ONE_NUMBER = "the cosine of two single numbers has no gradient"
     [
         ({}, 0, "num_classes must be at least 1, found 0"),
         ({"class_space": "sigmoid"}, 1, f"class_space sigmoid with one class: {ONE_NUMBER}"),
+        ({"student": StudentConfig(head_width=1)}, 5, f"student.head_width 1: {ONE_NUMBER}"),
         ({"mimic": MimicConfig(centered_logits=True)}, 1, f"mimic.centered_logits with one class: {ONE_NUMBER}"),
         (
             {"class_space": "sigmoid", "mimic": MimicConfig(centered_logits=True)},

@@ -299,3 +299,21 @@ def test_weights_travel_as_a_state_dict() -> None:
     source, copy = detector(), MimicDet(TINY, NUM_CLASSES).eval()
     copy.load_state_dict(source.state_dict())
     assert_same(copy(images()), source(images()))
+
+
+def test_what_the_class_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="detector fcos is a Baseline, expected mimicdet"):
+        MimicDet(replace(TINY, detector="fcos"), NUM_CLASSES)
+    with pytest.raises(ValueError, match=r"weights w\.safetensors: load a detector's weights with"):
+        MimicDet(replace(TINY, weights="w.safetensors"), NUM_CLASSES)
+    for dtype in (torch.float16, torch.bfloat16):
+        with pytest.raises(ValueError, match=f"the detector's weights are {dtype}, expected fp32"):
+            detector().to(dtype).detect(images())
+
+
+def test_boxes_of_long_images_keep_a_width() -> None:
+    boxes = torch.tensor([[20010.0, 0, 20020, 10], [19999.9999, 3, 20000, 3]])
+    x1, y1, x2, y2 = clip(boxes, 400.0, 20000.0).unbind(1)
+    assert (x2 > x1).all()
+    assert (y2 > y1).all()
+    assert (x2 <= 20000).all()

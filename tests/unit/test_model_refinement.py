@@ -110,7 +110,13 @@ def test_losses_over_all_anchors() -> None:
 
 def test_losses_over_a_sample() -> None:
     answer, objectness, deltas = losses(BOXES, NO_CROWD, num_samples=6, positive_fraction=0.5, key=11)
-    rank = priority(torch.tensor(11), REFINEMENT, torch.arange(80)).tolist()
+    names = [
+        (level << 40) + (row << 20) + column
+        for level, side in ((3, 8), (4, 4))
+        for row in range(side)
+        for column in range(side)
+    ]
+    rank = priority(torch.tensor(11), REFINEMENT, torch.tensor(names)).tolist()
     order = sorted(range(80), key=lambda p: -rank[p])
     positives = [p for p in order if p in POSITIVES][:3]
     negatives = [p for p in order if p not in POSITIVES][:3]
@@ -280,3 +286,18 @@ def test_top_positions_are_candidates_best_first() -> None:
     wanted = sorted(candidates.nonzero().flatten().tolist(), key=lambda p: -float(objectness[p]))
     assert top_positions(objectness, candidates, 7).tolist() == wanted[:7]
     assert top_positions(objectness, candidates, 1000).tolist() == wanted
+
+
+def test_a_sample_does_not_depend_on_padding() -> None:
+    """The same anchors of the same image, on a grid that is wider for another image's sake."""
+    answers = []
+    for width in (SIZE, 2 * SIZE):
+        grid = make_grid(LEVELS, [torch.zeros(1, 1, SIZE >> level, width >> level) for level in LEVELS], 4)
+        place = torch.sin(grid.level * 100 + grid.cell @ torch.tensor([1.0, 10.0]))
+        config = RefinementConfig(num_samples=6)
+        candidates = grid.inside(SIZE, SIZE)
+        deltas = place[:, None].expand(-1, 4)
+        key = torch.tensor(5)
+        answers.append(refinement_losses(place, deltas, grid, candidates, BOXES, NO_CROWD, key, 4, config))
+    for ours, theirs in zip(*answers, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
