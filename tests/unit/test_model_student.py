@@ -107,9 +107,9 @@ def conv1x1(x: Tensor, layer: nn.Linear) -> Tensor:
 
 
 def test_student_equals_the_dense_head_of_the_paper() -> None:
-    student = random_student()
-    maps = random_maps(torch.float32)
-    refine = torch.randn(NUM_IMAGES, NUM_POSITIONS, 4)
+    student = random_student().double()
+    maps = random_maps(torch.float64)
+    refine = torch.randn(NUM_IMAGES, NUM_POSITIONS, 4, dtype=torch.float64)
     image, position = chosen_positions(60)
     output = student(Features.pack(maps), refine, make_grid(LEVELS, maps, 4), image, position)
     logits, deltas, features = [], [], []
@@ -124,7 +124,17 @@ def test_student_equals_the_dense_head_of_the_paper() -> None:
         deltas.append(conv1x1(F.relu(features[-1]), student.deltas))
         logits.append(conv1x1(F.relu(conv1x1(hidden, student.cls_hidden)), student.logits))
     for ours, dense in ((output.logits, logits), (output.deltas, deltas), (output.feature, features)):
-        assert torch.allclose(ours, flat(dense)[image, position], rtol=1e-4, atol=1e-4)
+        theirs = flat(dense)[image, position]
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+        cotangent = torch.randn_like(ours)
+        inputs = [*maps, *(p for p in student.parameters() if p.requires_grad)]
+        gradients = (
+            torch.autograd.grad(x, inputs, cotangent, retain_graph=True, allow_unused=True) for x in (ours, theirs)
+        )
+        for mine, wanted in zip(*gradients, strict=True):
+            # A head that an output does not use has no gradient in one form and none in the other.
+            assert (mine is None) == (wanted is None)
+            assert mine is None or torch.allclose(mine, wanted, rtol=1e-9, atol=1e-9)
     assert output.logits.shape == (60, 5)
 
 
