@@ -21,8 +21,7 @@ from pathlib import Path
 import torch
 
 from mimiclab.build import build_detector
-from mimiclab.data.dataset import TrainBatches
-from mimiclab.data.order import Order
+from mimiclab.data.dataset import training_batches
 from mimiclab.data.splits import locate, read_splits
 from mimiclab.engine import Engine
 from mimiclab.evaluate import evaluate
@@ -77,23 +76,13 @@ def train_and_score(experiment: Experiment) -> dict[str, object]:
     splits = read_splits(locate(experiment.data))
     torch.manual_seed(experiment.seed)
     detector = build_detector(experiment.model, splits.train.classes)
-    order = Order(len(splits.train.images), experiment.optim.global_batch, experiment.seed)
-    num_steps = order.num_steps(experiment.optim.epochs)
+    batches = training_batches(splits.train, experiment)
+    num_steps = batches.order.num_steps(experiment.optim.epochs)
     engine = Engine(
         detector,
         experiment.optim,
         num_steps=num_steps,
-        steps_per_epoch=len(splits.train.images) / experiment.optim.global_batch,
-    )
-    data = experiment.data
-    batches = TrainBatches(
-        splits.train,
-        order,
-        short=data.resize.train_short or data.resize.short,
-        long=data.resize.long,
-        flip=data.flip,
-        rank=0,
-        world=1,
+        steps_per_epoch=batches.order.steps_per_epoch,
     )
     started = time.perf_counter()
     sums: dict[str, float] = {}
@@ -103,7 +92,7 @@ def train_and_score(experiment: Experiment) -> dict[str, object]:
             for name, value in means.items():
                 sums[name] = sums.get(name, 0.0) + float(value) / (num_steps - num_steps * 3 // 4)
     minutes = (time.perf_counter() - started) / 60
-    evaluation = evaluate(detector, splits.val, data, experiment.eval, rank=0, world=1)
+    evaluation = evaluate(detector, splits.val, experiment.data, experiment.eval, rank=0, world=1)
     assert evaluation is not None
     return {"metrics": evaluation.metrics, "last_quarter": sums, "minutes": round(minutes, 2)}
 

@@ -33,12 +33,6 @@ class Batch:
     pad_to: tuple[int, int]
     image_ids: list[int]
 
-    def pin_memory(self) -> Batch:
-        """The same in page-locked memory, which a GPU copies from while it computes; torch's DataLoader asks."""
-        images = [image.pin_memory() for image in self.images]
-        targets = [{name: value.pin_memory() for name, value in target.items()} for target in self.targets]
-        return Batch(images, targets, self.pad_to, self.image_ids)
-
 
 class NonFiniteLossError(RuntimeError):
     """A loss or the gradient became NaN or infinite; the message names step, images and losses."""

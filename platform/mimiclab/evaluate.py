@@ -14,8 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mimicdet.interface import Detector
-from mimiclab.data.coco import CocoDataset, ImageRecord, coco_ground_truth
+from mimiclab.data.coco import CocoDataset, coco_ground_truth
+from mimiclab.data.columns import ImageRecord
 from mimiclab.data.dataset import EvalBatches, scale_boxes
+from mimiclab.data.loader import load
 from mimiclab.data.transforms import resized_size
 from mimiclab.engine import evaluate_pass
 from mimiclab.schema import DataConfig, EvalConfig
@@ -65,7 +67,7 @@ def detect(
         rank=rank,
         world=world,
     )
-    items = (batches[item] for item in range(len(batches)))
+    items = load(batches, range(len(batches)), processes=data.loader_processes)
     rows: dict[str, list[Detections]] = {}
     for item, heads in enumerate(evaluate_pass(detector, items, topk=config.teacher_topk)):
         for head, answers in heads.items():

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -25,10 +26,15 @@ if TYPE_CHECKING:
 
 DEFAULT = "default"
 
+DEFAULTS_VERSION = 1
+"""To be raised when a default changes: what is left to it then is another run."""
+
+_NONE = object()
+
 # These change how fast, where and how long, and what is kept or shown, but not which run it is.
 _NOT_IDENTITY = (
     *("scale.", "where.", "search", "checkpoint."),
-    *("optim.epochs", "data.loader_processes", "eval.num_pictures"),
+    *("optim.epochs", "data.loader_processes", "data.cache", "eval.num_pictures"),
 )
 
 
@@ -110,9 +116,21 @@ def resolved_yaml(experiment: Experiment) -> str:
 
 
 def identity(experiment: Experiment) -> str:
-    """Hash what a run computes: 12 hex digits over all but `scale:`, `where:` and `optim.epochs`."""
-    canonical = json.dumps(_identity_leaves(experiment), sort_keys=True, separators=(",", ":"))
+    """Hash what a run computes: 12 hex digits over all but `scale:`, `where:` and `optim.epochs`.
+
+    Defaults do not count, so that a key that the schema gains later changes no run that does not use it.
+    """
+    usual = defaults()
+    leaves = {key: value for key, value in _identity_leaves(experiment).items() if usual.get(key, _NONE) != value}
+    canonical = json.dumps([DEFAULTS_VERSION, leaves], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+@cache
+def defaults() -> dict[str, Any]:
+    """Every key that has a default, with it; those of `backbone` are for a random start."""
+    shortest = {"name": "x", "data": {"scenes": {}}}
+    return {key: value for key, value in flatten(Experiment.model_validate(shortest)).items() if key != "name"}
 
 
 def differences(a: Experiment, b: Experiment) -> list[str]:

@@ -12,13 +12,12 @@ import torch
 from mimicdet.interface import Detector
 from mimiclab.build import build_detector
 from mimiclab.data.dataset import read_image
+from mimiclab.data.limits import IMAGE_SUFFIXES
 from mimiclab.data.transforms import resize, resized_size
 from mimiclab.errors import UserError
 from mimiclab.pictures import Panel, side_by_side
 from mimiclab.runs import Run
 from mimiclab.schema import Experiment
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,15 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found += sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            found += sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         elif path.is_file():
             found.append(path)
         else:
             raise UserError(f"image {path}: no such file or folder")
     if not found:
-        raise UserError(f"{', '.join(map(str, paths))}: no images, expected files ending in {', '.join(SUFFIXES)}")
+        raise UserError(
+            f"{', '.join(map(str, paths))}: no images, expected files ending in {', '.join(IMAGE_SUFFIXES)}"
+        )
     return list(dict.fromkeys(found))
 
 

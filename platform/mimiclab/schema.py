@@ -19,9 +19,12 @@ from pydantic import (
     NonNegativeInt,
     PlainValidator,
     PositiveInt,
+    ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
+from pydantic_core import InitErrorDetails
 
 from mimicdet.config import ModelConfig
 from mimiclab.optim import OptimConfig
@@ -37,12 +40,33 @@ class _Section(BaseModel):
 
 
 class Split(_Section):
-    """One part of a data set in COCO's format."""
+    """One part of a data set: COCO's format, `annotations` and `images`, or what `mimiclab data pack` made of it."""
 
-    annotations: Text
+    annotations: Text | None = None
     """Path of the JSON file."""
-    images: Text
+    images: Text | None = None
     """Folder that the file names in it are relative to."""
+    packed: Text | None = None
+    """Folder or URI of a packed data set."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Split:
+        given = self.model_dump()
+        if self.packed is not None and len(given) > 1:
+            raise ValueError(f"either packed, or annotations and images, must be given; found {' and '.join(given)}")
+        missing: list[InitErrorDetails] = [
+            {"type": "missing", "loc": (name,), "input": given}
+            for name in ("annotations", "images")
+            if name not in given
+        ]
+        if self.packed is None and missing:
+            raise ValidationError.from_exception_data("Split", missing)
+        return self
+
+    @model_serializer
+    def _only_given(self) -> dict[str, str]:
+        # A null is no value of its own: what a run is does not change when a schema learns a key.
+        return {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
 
 
 class Scenes(_Section):
@@ -78,6 +102,53 @@ class Resize(_Section):
         return self
 
 
+class OrderConfig(_Section):
+    """The order of training images; what each option does to it is said at `mimiclab.data.order.Order`."""
+
+    block: PositiveInt | None = None
+    """Consecutive images that are shuffled as one; 512, a shard of packed data, where not all fits into the cache."""
+    window: PositiveInt = 8
+    """Blocks whose images are mixed with each other."""
+    group_by_aspect: bool = False
+    """Global batches of images that are all taller than wide, or all not: there is less to pad."""
+    repeat_threshold: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of images below which a class is rare; images that hold one are repeated. 0.001 for LVIS; null for none."""
+
+
+class ColorJitter(_Section):
+    """How far colours are changed at most; each sample draws evenly from the range. 0 changes nothing."""
+
+    brightness: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """By a factor between 1 - brightness and 1 + brightness; contrast and saturation likewise."""
+    contrast: Annotated[float, Field(ge=0, le=1)] = 0.0
+    saturation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """In turns of the colour circle, both ways."""
+
+
+class AugmentConfig(_Section):
+    """What is done to a training image besides `data.flip` and `data.resize.train_short`; off by default."""
+
+    color: ColorJitter = ColorJitter()
+    crop: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] | None = None
+    """Lowest and highest: the share of its width, and apart from it of its height, that is kept before resizing."""
+    scale: tuple[Annotated[float, Field(gt=0, le=4)], Annotated[float, Field(gt=0, le=4)]] | None = None
+    """Lowest and highest factor of large-scale jitter: the resized image is scaled once more, and where it becomes
+    larger a part of the size that it would have had is cut out. [0.1, 2] is usual, with `resize.short` = `long`."""
+    mosaic: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability that a sample is put together from parts of four images, each scaled to fill its quarter."""
+    min_visible: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Objects of which a smaller share of the box is left after cutting are dropped. Crowd regions stay."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AugmentConfig:
+        for name in ("crop", "scale"):
+            bounds = getattr(self, name)
+            if bounds and bounds[0] > bounds[1]:
+                raise ValueError(f"{name} must be the lowest and the highest value, found {list(bounds)}")
+        return self
+
+
 class DataConfig(_Section):
     """The images: either `train` and `val`, or `scenes`."""
 
@@ -87,8 +158,14 @@ class DataConfig(_Section):
     resize: Resize = Resize()
     flip: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Probability that a training image is mirrored."""
+    augment: AugmentConfig = AugmentConfig()
+    order: OrderConfig = OrderConfig()
     loader_processes: NonNegativeInt = 0
-    """Processes per worker that read images ahead; 0 reads in the worker itself."""
+    """Processes per worker that read images ahead; 0 reads in the worker itself, ahead with `scale.threads` above 1."""
+    cache: Text | None = None
+    """Folder of every machine that keeps shards of packed data; null keeps those of a remote store, in ~/.cache."""
+    cache_gb: Annotated[float, Field(gt=0)] | None = None
+    """Most that it keeps, in GB; null is no bound."""
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -210,6 +287,11 @@ class Experiment(_Section):
                 "model.backbone.norm: sync_bn works on GPUs only, found scale.gpu false; expected scale.gpu true, "
                 "or the norm frozen_bn or group_norm"
             )
+        if self.model.detector != "mimicdet" and self.optim.precision != "fp32":
+            raise ValueError(
+                f"optim.precision: {self.optim.precision} with model.detector {self.model.detector}: torchvision would "
+                "round boxes to it, several pixels in a large image; expected fp32"
+            )
         if self.search and self.search.grace_period > self.optim.epochs:
             raise ValueError(
                 "search.grace_period must not be above optim.epochs, found search.grace_period "
@@ -221,8 +303,11 @@ class Experiment(_Section):
 PATH_KEYS = (
     "data.train.annotations",
     "data.train.images",
+    "data.train.packed",
     "data.val.annotations",
     "data.val.images",
+    "data.val.packed",
+    "data.cache",
     "data.scenes.root",
     "model.weights",
     "model.backbone.weights",

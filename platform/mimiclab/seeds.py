@@ -94,7 +94,7 @@ def train_seeds(
 
     experiment, experiments = loaded.experiment, plan(loaded, num)
     # The seed changes nothing of what is looked at.
-    splits = check(experiment, console)
+    splits = check(experiment, console, fresh=fresh)
     for each in experiments:
         runs.check(each, fresh=fresh)
     if not fresh:

@@ -21,7 +21,7 @@ from mimiclab.errors import UserError
 from mimiclab.experiment import flatten, identity, resolved_yaml
 from mimiclab.progress import ProgressReader, ProgressView
 from mimiclab.runs import Run
-from mimiclab.schema import Experiment
+from mimiclab.schema import DataConfig, Experiment
 from mimiclab.session import ray_session, resources_per_worker
 from mimiclab.tracking import runs as tracking
 
@@ -41,6 +41,8 @@ _POLL_S = 0.3
 _SEND_TIMEOUT_S = 60.0
 # Ray's own record of a fit; nothing is resumed from it.
 _RAY_FOLDER = "ray"
+# In the storage folder; not the name of a run, which begins with a letter or a digit.
+_DATA_FOLDER = ".data"
 
 
 def train(
@@ -73,7 +75,7 @@ def train(
     from mimiclab.data.coco import content_hash
 
     if splits is None:
-        splits = check(experiment, console)
+        splits = check(experiment, console, fresh=fresh)
     uri = tracking.absolute_uri(experiment.where.tracking)
     runs.check(experiment, fresh=fresh)
     before = None if fresh else complete(experiment, splits)
@@ -84,6 +86,8 @@ def train(
 
     located = _located(experiment)
     with ray_session(address, experiment.scale, verbose=verbose):
+        # Before an earlier run is removed: packing reads every image.
+        data = _packed(located, splits, console)
         # Nothing is made or removed before the cluster has answered and is large enough.
         folder = runs.prepare(experiment, fresh=fresh)
         if fresh:
@@ -102,10 +106,11 @@ def train(
             run.write()
             tracking.log_text(uri, mlflow_run_id, resolved_yaml(experiment))
             for context, split in (("train", splits.train), ("val", splits.val)):
-                file = split.annotations
-                tracking.log_dataset_input(uri, mlflow_run_id, file.stem, content_hash(split), str(file), context)
+                name = split.annotations.stem
+                tracking.log_dataset_input(uri, mlflow_run_id, name, content_hash(split), split.origin, context)
             job = {
                 "experiment": located.model_dump_json(),
+                "data": data.model_dump_json(),
                 "folder": str(folder),
                 "tracking": uri,
                 "mlflow_run_id": mlflow_run_id,
@@ -122,13 +127,17 @@ def train(
     return run
 
 
-def check(experiment: Experiment, console: Console) -> Splits:
+def check(experiment: Experiment, console: Console, *, fresh: bool = False) -> Splits:
     """Look for mistakes in what an experiment names, its tracking, data and weights, and say what data there is.
+
+    A run that has a checkpoint, and is not to start anew, does not need the weights that it once started from.
 
     Raises:
         UserError: one was found.
     """
+    from mimiclab import checkpoint
     from mimiclab.build import build_detector
+    from mimiclab.data.columns import ImageFiles
     from mimiclab.data.dataset import check_images
     from mimiclab.data.splits import read_splits
 
@@ -137,12 +146,15 @@ def check(experiment: Experiment, console: Console) -> Splits:
     splits = read_splits(located.data)
     _announce(splits, console)
     for split in (splits.train, splits.val):
-        if len(split.images) <= DECODE_AHEAD:
+        # Those of a packed set were decoded when it was packed.
+        if isinstance(split.source, ImageFiles) and len(split.images) <= DECODE_AHEAD:
             check_images(split)
     # Built once here, so that weights that do not fit are found before workers start.
+    newest = checkpoint.latest(runs.folder_of(experiment) / runs.CHECKPOINTS, warn=lambda _: None)
     build_detector(
         located.model,
         splits.train.classes,
+        pretrained=fresh or newest is None,
         say=lambda text: console.print(f"weights: {text}", highlight=False, markup=False),
     )
     return splits
@@ -161,10 +173,9 @@ def complete(experiment: Experiment, splits: Splits) -> Run | None:
 
 def num_steps(experiment: Experiment, splits: Splits) -> int:
     """How many training steps an experiment takes on its data."""
-    from mimiclab.data.order import Order
+    from mimiclab.data.order import training_order
 
-    order = Order(len(splits.train.images), experiment.optim.global_batch, experiment.seed)
-    return order.num_steps(experiment.optim.epochs)
+    return training_order(splits.train, experiment).num_steps(experiment.optim.epochs)
 
 
 _MLFLOW_STATUS: Mapping[runs.Status, Any] = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
@@ -262,10 +273,17 @@ def _located(experiment: Experiment) -> Experiment:
     )
 
 
+def _packed(located: Experiment, splits: Splits, console: Console) -> DataConfig:
+    """The data as workers read it: plain files packed once, next to the runs, where every worker sees them."""
+    from mimiclab.data.splits import pack_splits
+
+    folder = runs.folder_of(located).parent / _DATA_FOLDER
+    return pack_splits(located.data, splits, folder, lambda text: console.print(text, highlight=False))
+
+
 def _announce(splits: Splits, console: Console) -> None:
     for name, split in (("train", splits.train), ("val", splits.val)):
-        num_boxes = sum(len(record.boxes) for record in split.images)
-        console.print(f"{name}: {len(split.images)} images, {num_boxes} boxes", highlight=False)
+        console.print(f"{name}: {len(split.images)} images, {len(split.columns.labels)} boxes", highlight=False)
         lines = [*(f"left out: {text}" for text in split.left_out), *split.notes]
         for text in lines[:MAX_NOTES]:
             console.print(f"  {text}", highlight=False)

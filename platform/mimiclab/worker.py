@@ -17,22 +17,22 @@ import torch
 import torch.distributed as dist
 from PIL.Image import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from mimiclab import checkpoint
 from mimiclab.build import build_detector
 from mimiclab.checkpoint import Checkpoint
 from mimiclab.data.coco import CocoDataset
-from mimiclab.data.dataset import TrainBatches, read_image
+from mimiclab.data.dataset import read_record, training_batches
+from mimiclab.data.loader import load
 from mimiclab.data.order import Order
-from mimiclab.data.splits import Splits, read_splits
+from mimiclab.data.splits import PARTS, Splits, read_splits
 from mimiclab.engine import Batch, Engine
 from mimiclab.errors import UserError
 from mimiclab.evaluate import Evaluation, detections_of, evaluate
 from mimiclab.pictures import Panel, side_by_side
 from mimiclab.progress import ProgressWriter
 from mimiclab.runs import CHECKPOINTS, PICTURES, PROGRESS, UNSENT
-from mimiclab.schema import Experiment
+from mimiclab.schema import DataConfig, Experiment
 from mimiclab.tracking.protocol import Row, Tracker, as_key
 from mimiclab.tracking.writer import MlflowTracker
 
@@ -49,6 +49,8 @@ class Job:
 
     experiment: str
     """The experiment as JSON, its data located and its paths absolute."""
+    data: str
+    """Its `data:` section as JSON, with packed sets: what workers read."""
     folder: str
     """The run's folder, absolute."""
     tracking: str
@@ -62,18 +64,20 @@ def work(job: Job) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(experiment.scale.threads)
     device = ray.train.torch.get_device() if experiment.scale.gpu else torch.device("cpu")
-    splits = read_splits(experiment.data)
+    splits = read_splits(DataConfig.model_validate_json(job.data))
+    leader = _Leader(job, experiment, splits) if rank == 0 else None
+    newest = _agree(leader.newest() if leader else None, world)
     torch.manual_seed(experiment.seed)
-    detector = build_detector(experiment.model, splits.train.classes).to(device)
-    order = Order(len(splits.train.images), experiment.optim.global_batch, experiment.seed)
+    # A machine that goes on with a run needs nothing of what the run once started from.
+    detector = build_detector(experiment.model, splits.train.classes, pretrained=newest is None).to(device)
+    batches = training_batches(splits.train, experiment, rank=rank, world=world)
+    order = batches.order
     engine = Engine(
         detector,
         experiment.optim,
         num_steps=order.num_steps(experiment.optim.epochs),
-        steps_per_epoch=len(splits.train.images) / experiment.optim.global_batch,
+        steps_per_epoch=order.steps_per_epoch,
     )
-    leader = _Leader(job, experiment, splits) if rank == 0 else None
-    newest = _agree(leader.newest() if leader else None, world)
     if newest is not None:
         _check_resumable(newest, splits)
         detector.load_state_dict(newest.weights())
@@ -81,21 +85,13 @@ def work(job: Job) -> None:
     if leader:
         leader.start(engine, newest, world)
 
-    batches = TrainBatches(
-        splits.train,
-        order,
-        short=experiment.data.resize.train_short or experiment.data.resize.short,
-        long=experiment.data.resize.long,
-        flip=experiment.data.flip,
-        rank=rank,
-        world=world,
-    )
     # The position in the data is the step: a restart has nothing else to restore.
-    loader = DataLoader(
+    loader = load(
         batches,
-        batch_size=None,
-        sampler=range(engine.step, engine.num_steps),
-        num_workers=experiment.data.loader_processes,
+        range(engine.step, engine.num_steps),
+        processes=experiment.data.loader_processes,
+        threads=experiment.scale.threads,
+        pin=device.type == "cuda",
     )
     try:
         _train_to_end(loader, engine, experiment, splits, order, leader, rank=rank, world=world, device=device)
@@ -159,6 +155,7 @@ class _Leader:
         self._experiment = experiment
         self._val = splits.val
         self._classes = splits.train.classes
+        self._content = _content(splits)
         self._folder = Path(job.folder) / CHECKPOINTS
         self._progress = ProgressWriter(Path(job.folder) / PROGRESS)
         self._best: dict[str, Any] | None = None
@@ -217,6 +214,7 @@ class _Leader:
         meta = {
             "step": engine.step,
             "classes": list(self._classes),
+            "data": self._content,
             "metrics": self._metrics,
             "best": self._best,
             "mlflow_run_id": self._job.mlflow_run_id,
@@ -254,7 +252,7 @@ def validation_pictures(dataset: CocoDataset, evaluation: Evaluation, num: int) 
         for head, rows in evaluation.detections.items():
             found = detections_of(rows, record.id, dataset.category_ids)
             panels.append(Panel(head, found["boxes"], found["labels"], found["scores"]))
-        pixels = read_image(record.path).permute(1, 2, 0).numpy()
+        pixels = read_record(record).permute(1, 2, 0).numpy()
         pictures[record.path.stem] = side_by_side(pixels, panels, dataset.classes)
     return pictures
 
@@ -271,6 +269,18 @@ def _check_resumable(newest: Checkpoint, splits: Splits) -> None:
             f"checkpoint {newest.path} is of the classes {before}, the data now has {now}; "
             "expected the data that the run was started with, or --fresh"
         )
+    # Checkpoints of earlier versions do not say.
+    for part, content in newest.meta.get("data", {}).items():
+        if content != _content(splits)[part]:
+            raise UserError(
+                f"data.{part}: {getattr(splits, part).origin} is not what checkpoint {newest.path} was trained with, "
+                "its annotations or images have changed; expected the data that the run was started with, or --fresh"
+            )
+
+
+def _content(splits: Splits) -> dict[str, str | None]:
+    """The content hash of each set."""
+    return {part: getattr(splits, part).content for part in PARTS}
 
 
 def _agree(newest: Checkpoint | None, world: int) -> Checkpoint | None:

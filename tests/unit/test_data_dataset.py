@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from mimiclab.data.coco import CocoDataset, read_coco
-from mimiclab.data.dataset import EvalBatches, TrainBatches, read_image, scale_boxes
-from mimiclab.data.order import Order, sample_key
+from mimiclab.data.dataset import EvalBatches, TrainBatches, read_image, scale_boxes, training_batches
+from mimiclab.data.order import Order, rank_slice, sample_key
 from mimiclab.data.transforms import draw_short, padded_size, resized_size
 from mimiclab.engine import Batch
 from mimiclab.errors import UserError
+from mimiclab.optim import OptimConfig
+from mimiclab.schema import AugmentConfig, ColorJitter, DataConfig, Experiment, OrderConfig, Resize, Scenes
 
 SIZES = [(64, 48), (40, 80), (96, 33), (50, 50), (31, 70), (120, 40), (48, 64)]
 GLOBAL_BATCH = 4
@@ -47,6 +50,29 @@ def train_batches(
 ) -> TrainBatches:
     order = Order(len(dataset.images), GLOBAL_BATCH, seed=3)
     return TrainBatches(dataset, order, short=short, long=64, flip=0.5, rank=rank, world=world)
+
+
+EVERYTHING = DataConfig(
+    scenes=Scenes(),
+    resize=Resize(short=48, long=64, train_short=(20, 60)),
+    augment=AugmentConfig(
+        color=ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
+        crop=(0.3, 1),
+        scale=(0.3, 2),
+        mosaic=0.5,
+    ),
+    order=OrderConfig(block=2, window=2, group_by_aspect=True, repeat_threshold=1),
+)
+OPTIONS = {
+    "everything": EVERYTHING,
+    "no mosaic": EVERYTHING.model_copy(update={"augment": EVERYTHING.augment.model_copy(update={"mosaic": 0.0})}),
+    "order alone": EVERYTHING.model_copy(update={"augment": AugmentConfig()}),
+}
+
+
+def optional_batches(dataset: CocoDataset, data: DataConfig, rank: int = 0, world: int = 1) -> TrainBatches:
+    experiment = Experiment(name="x", seed=3, data=data, optim=OptimConfig(global_batch=GLOBAL_BATCH))
+    return training_batches(dataset, experiment, rank=rank, world=world)
 
 
 def joined(batches: list[Batch]) -> Batch:
@@ -93,6 +119,71 @@ def test_a_loader_started_at_any_step_gives_that_step(
     assert len(loaded) == NUM_STEPS - start
     for step, batch in zip(range(start, NUM_STEPS), loaded, strict=True):
         assert_equal(batch, train_batches(dataset, short=short)[step])
+
+
+@pytest.mark.parametrize("data", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_any_number_of_workers_augments_alike(dataset: CocoDataset, world: int, data: DataConfig) -> None:
+    alone = optional_batches(dataset, data)
+    ranks = [optional_batches(dataset, data, rank, world) for rank in range(world)]
+    for step in range(2 * NUM_STEPS):
+        assert_equal(joined([batches[step] for batches in ranks]), alone[step])
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+@pytest.mark.parametrize(("start", "num_workers"), [(0, 0), (7, 0), (4, 1), (2, 4)])
+def test_any_loader_started_at_any_step_augments_alike(dataset: CocoDataset, start: int, num_workers: int) -> None:
+    expected = [optional_batches(dataset, EVERYTHING)[step] for step in range(start, 10)]
+    batches = optional_batches(dataset, EVERYTHING, rank=1, world=3)
+    loader = DataLoader(batches, batch_size=None, sampler=range(start, 10), num_workers=num_workers)
+    mine = rank_slice(GLOBAL_BATCH, 1, 3)
+    for whole, part in zip(expected, loader, strict=True):
+        assert_equal(part, Batch(whole.images[mine], whole.targets[mine], whole.pad_to, whole.image_ids[mine]))
+
+
+def test_augmented_batches_are_those_of_earlier_versions(dataset: CocoDataset) -> None:
+    # As above: these values never change.
+    digest = hashlib.sha256()
+    for data in OPTIONS.values():
+        for step in range(10):
+            batch = optional_batches(dataset, data)[step]
+            for image, target in zip(batch.images, batch.targets, strict=True):
+                digest.update(str(tuple(image.shape)).encode() + target["boxes"].round().numpy().tobytes())
+    assert digest.hexdigest()[:12] == "87fe44143d9b"
+
+
+def test_plans_tell_sizes_and_images_without_reading(dataset: CocoDataset) -> None:
+    ranks = [optional_batches(dataset, EVERYTHING, rank, 3) for rank in range(3)]
+    mosaics = 0
+    for step in range(2 * NUM_STEPS):
+        batch = joined([batches[step] for batches in ranks])
+        plans = ranks[1].plans(step)
+        assert [plan.size for plan in plans] == [(image.shape[2], image.shape[1]) for image in batch.images]
+        assert [dataset.images[plan.tiles[0].index].id for plan in plans] == batch.image_ids
+        assert batch.pad_to == padded_size([plan.size for plan in plans])
+        mosaics += sum(len(plan.tiles) == 4 for plan in plans)
+    assert 10 < mosaics < 30
+
+
+def test_the_order_of_an_experiment_is_what_it_asks_for(dataset: CocoDataset) -> None:
+    order = optional_batches(dataset, EVERYTHING).order
+    assert (order.num_images, order.global_batch, order.seed, order.block, order.window) == (7, GLOBAL_BATCH, 3, 2, 2)
+    assert order.portrait is not None
+    assert order.portrait.tolist() == [height > width for width, height in SIZES]
+    # Six of seven images hold an object of the one class; at a threshold of 1 that is rare by sqrt(7 / 6).
+    assert order.repeats is not None
+    assert order.repeats.tolist() == pytest.approx([1] + 6 * [(7 / 6) ** 0.5])
+    plain = optional_batches(dataset, EVERYTHING.model_copy(update={"order": OrderConfig()})).order
+    assert (plain.block, plain.portrait, plain.repeats) == (None, None, None)
+
+
+def test_crowd_regions_make_no_class_less_rare(dataset: CocoDataset) -> None:
+    # All objects of the last three images are crowds: three images of seven hold the class.
+    iscrowd = np.arange(len(dataset.columns.labels)) >= dataset.columns.offsets[4]
+    crowded = replace(dataset, columns=replace(dataset.columns, iscrowd=iscrowd))
+    order = optional_batches(crowded, EVERYTHING).order
+    assert order.repeats is not None
+    assert order.repeats.tolist() == pytest.approx([1] + 3 * [(7 / 3) ** 0.5] + 3 * [1])
 
 
 def test_a_batch_is_what_the_order_says(dataset: CocoDataset) -> None:

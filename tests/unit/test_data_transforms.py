@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mimiclab.data.order import FLIP, sample_key, uniform
-from mimiclab.data.transforms import augment, draw_short, padded_size, resize, resized_size
+from mimiclab.data.order import Stream, sample_key, uniform
+from mimiclab.data.transforms import clip, cut, draw_short, mirror, padded_size, resize, resized_size
 
 RED = torch.tensor([200, 10, 20], dtype=torch.uint8)
 
@@ -22,11 +22,6 @@ def picture(width: int, height: int, box: tuple[int, int, int, int]) -> Tensor:
     return image
 
 
-def key_that(flips: bool) -> int:
-    keys = (sample_key(0, step, 0) for step in range(100))
-    return next(key for key in keys if (uniform(key, FLIP) < 0.5) == flips)
-
-
 @pytest.mark.parametrize(
     ("size", "bounds", "expected"),
     [
@@ -35,7 +30,7 @@ def key_that(flips: bool) -> int:
         ((640, 480), (800, 1333), (1067, 800)),
         ((500, 375), (600, 1000), (800, 600)),
         ((1000, 100), (240, 320), (320, 32)),
-        ((3000, 1), (240, 320), (320, 1)),
+        ((3000, 1), (240, 320), (320, 2)),
         ((128, 128), (128, 128), (128, 128)),
     ],
 )
@@ -46,7 +41,7 @@ def test_resized_size(size: tuple[int, int], bounds: tuple[int, int], expected: 
 @given(
     width=st.integers(1, 5000),
     height=st.integers(1, 5000),
-    short=st.integers(1, 900),
+    short=st.integers(2, 900),
     more=st.integers(0, 900),
 )
 def test_resized_size_meets_one_bound_and_keeps_the_aspect(width: int, height: int, short: int, more: int) -> None:
@@ -57,8 +52,8 @@ def test_resized_size_meets_one_bound_and_keeps_the_aspect(width: int, height: i
     assert large <= long
     assert small == short or large == long
     scale = min(short / min(width, height), long / max(width, height))
-    assert abs(new_width - max(1, width * scale)) <= 0.501
-    assert abs(new_height - max(1, height * scale)) <= 0.501
+    assert abs(new_width - max(2, width * scale)) <= 0.501
+    assert abs(new_height - max(2, height * scale)) <= 0.501
 
 
 def test_a_short_side_is_drawn_evenly_from_the_whole_range() -> None:
@@ -67,7 +62,7 @@ def test_a_short_side_is_drawn_evenly_from_the_whole_range() -> None:
     assert counts.keys() == {640, 641, 642, 643}
     assert all(430 <= count <= 570 for count in counts.values())
     # It says nothing about the flip of the same image.
-    both = sum(draw_short((640, 643), key) < 642 and uniform(key, FLIP) < 0.5 for key in keys)
+    both = sum(draw_short((640, 643), key) < 642 and uniform(key, Stream.FLIP) < 0.5 for key in keys)
     assert 420 <= both <= 580
 
 
@@ -107,7 +102,7 @@ def test_a_box_at_the_border_stays_at_the_border() -> None:
 
 def test_a_flip_moves_the_box_with_its_pixels() -> None:
     image = picture(31, 20, (3, 4, 10, 16))
-    flipped, boxes = augment(image, torch.tensor([[3.0, 4, 10, 16]]), key_that(flips=True))
+    flipped, boxes = mirror(image, torch.tensor([[3.0, 4, 10, 16]]))
     x1, y1, x2, y2 = boxes[0].int().tolist()
     assert (x1, y1, x2, y2) == (21, 4, 28, 16)
     assert (flipped[:, y1:y2, x1:x2] == RED[:, None, None]).all()
@@ -115,20 +110,26 @@ def test_a_flip_moves_the_box_with_its_pixels() -> None:
     assert not flipped.any()
 
 
-def test_without_a_flip_nothing_changes() -> None:
-    image, box = picture(31, 20, (3, 4, 10, 16)), torch.tensor([[3.0, 4, 10, 16]])
-    same, boxes = augment(image, box, key_that(flips=False))
-    assert torch.equal(same, image)
-    assert torch.equal(boxes, box)
-
-
 def test_a_flip_takes_images_without_boxes() -> None:
-    _, boxes = augment(picture(8, 8, (0, 0, 1, 1)), torch.zeros(0, 4), key_that(flips=True))
+    _, boxes = mirror(picture(8, 8, (0, 0, 1, 1)), torch.zeros(0, 4))
     assert boxes.shape == (0, 4)
 
 
-@pytest.mark.parametrize(("probability", "expected"), [(0.0, 0), (0.5, 200), (1.0, 400)])
-def test_the_share_of_flips_is_the_probability(probability: float, expected: int) -> None:
-    image, box = picture(4, 4, (0, 0, 1, 1)), torch.tensor([[0.0, 0, 1, 1]])
-    flips = sum(bool(augment(image, box, sample_key(1, step, 0), probability)[1][0, 0] > 0) for step in range(400))
-    assert abs(flips - expected) <= (40 if 0 < expected < 400 else 0)
+def test_a_cut_moves_boxes_with_their_pixels_and_leaves_them_whole() -> None:
+    part, boxes = cut(picture(31, 20, (3, 4, 10, 16)), torch.tensor([[3.0, 4, 10, 16]]), (5, 2, 25, 12))
+    assert boxes.tolist() == [[-2, 2, 5, 14]]
+    assert part.shape == (3, 10, 20)
+    assert (part[:, 2:, :5] == RED[:, None, None]).all()
+    assert not part[:, :2].any()
+    assert not part[:, :, 5:].any()
+
+
+def test_clipping_says_how_much_of_a_box_is_left() -> None:
+    boxes = torch.tensor([[-2.0, 2, 5, 14], [1.1, 1.3, 7.7, 9.9], [-9, 0, -3, 5], [25, 3, 30, 8], [-5, -5, 30, 30]])
+    clipped, share = clip(boxes, (20, 10))
+    assert clipped[0].tolist() == [0, 2, 5, 10]
+    assert share[0] == pytest.approx(5 * 8 / (7 * 12))
+    assert torch.equal(clipped[1], boxes[1])
+    assert share[1] == 1
+    assert share[2] == share[3] == 0
+    assert clipped[4].tolist() == [0, 0, 20, 10]

@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 import subprocess
@@ -10,6 +11,8 @@ import yaml
 
 from mimiclab.errors import UserError
 from mimiclab.experiment import (
+    DEFAULTS_VERSION,
+    defaults,
     differences,
     flatten,
     identity,
@@ -305,6 +308,22 @@ BAD_FILES = {
         "name: x\ndata:\n  scenes: {}\n  resize: {train_short: [640]}\n",
         "x.yaml:4: data.resize.train_short[1]: found nothing, expected a value",
     ),
+    "range of crops the wrong way round": (
+        "name: x\ndata:\n  scenes: {}\n  augment: {crop: [0.9, 0.3]}\n",
+        "x.yaml:4: data.augment: crop must be the lowest and the highest value, found [0.9, 0.3]",
+    ),
+    "scale that leaves nothing": (
+        "name: x\ndata:\n  scenes: {}\n  augment: {scale: [0, 1]}\n",
+        "x.yaml:4: data.augment.scale[0]: found 0, expected more than 0",
+    ),
+    "hue beyond the opposite colour": (
+        "name: x\ndata:\n  scenes: {}\n  augment: {color: {hue: 0.6}}\n",
+        "x.yaml:4: data.augment.color.hue: found 0.6, expected 0.5 or less",
+    ),
+    "no images in a block": (
+        "name: x\ndata:\n  scenes: {}\n  order: {block: 0}\n",
+        "x.yaml:4: data.order.block: found 0, expected more than 0",
+    ),
     "detector's own check": (
         SMALL + "model:\n  pyramid:\n    max_level: 9\n",
         "x.yaml:4: model.pyramid: max_level must be 5, 6 or 7, found 9",
@@ -313,6 +332,11 @@ BAD_FILES = {
         SMALL + "model: {backbone: {norm: sync_bn}}\n",
         "x.yaml: model.backbone.norm: sync_bn works on GPUs only, found scale.gpu false; expected scale.gpu true, "
         "or the norm frozen_bn or group_norm",
+    ),
+    "boxes in half precision": (
+        SMALL + "model: {detector: fcos}\noptim: {precision: bf16}\n",
+        "x.yaml: optim.precision: bf16 with model.detector fcos: torchvision would round boxes to it, several pixels "
+        "in a large image; expected fp32",
     ),
     "across sections": (
         SMALL + "optim: {global_batch: 2}\nscale: {workers: 3}\n",
@@ -556,6 +580,7 @@ def test_known_keys_are_the_sections_and_keys_of_a_resolved_experiment():
 
     assert len(known) == len(set(known))
     absent = {"data.scenes": Scenes, "search": SearchConfig}
+    resolved += ["data.train.packed", "data.val.packed"]
     assert set(known) == {*resolved, *(f"{name}.{k}" for name, section in absent.items() for k in section.model_fields)}
 
 
@@ -564,3 +589,22 @@ def test_reading_an_experiment_loads_no_torch():
 
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
     assert Experiment.model_fields["model"].annotation.__module__ == "mimicdet.config"
+
+
+KNOWN_DEFAULTS = json.loads((Path(__file__).parent / "defaults.json").read_text())
+
+
+def test_a_default_that_changes_is_noticed() -> None:
+    """Runs that left a key to its default would silently be other runs. Raise DEFAULTS_VERSION, then mend the file."""
+    assert KNOWN_DEFAULTS["version"] == DEFAULTS_VERSION
+    known, now = KNOWN_DEFAULTS["defaults"], defaults()
+    assert {key: now.get(key) for key in known} == known
+    assert sorted(set(now) - set(known)) == [], "new keys belong into tests/unit/defaults.json"
+
+
+def test_what_is_left_to_its_default_does_not_count(monkeypatch) -> None:
+    written = load(SMALL + "model: {mimic: {cls_weight: 1.0}, backbone: {norm: group_norm}}\noptim: {lr: 3e-4}\n")
+    assert identity(written.experiment) == identity(load(SMALL).experiment)
+    before = identity(written.experiment)
+    monkeypatch.setattr("mimiclab.experiment.DEFAULTS_VERSION", DEFAULTS_VERSION + 1)
+    assert identity(written.experiment) != before

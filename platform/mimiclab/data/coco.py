@@ -7,41 +7,20 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from mimiclab.data.columns import Columns, ImageFiles, Images, Source, names_of, offsets_of
 from mimiclab.errors import UserError
 
 _NAMED_AT_MOST = 3
 
 
-@dataclass(frozen=True, eq=False)
-class ImageRecord:
-    """One image and its M objects.
-
-    Attributes:
-        id: The image's id in the annotation file.
-        path: The image file.
-        width: Stored width in pixels.
-        height: Stored height in pixels.
-        boxes: (M, 4) float32, xyxy in pixels, inside of the image.
-        labels: (M,) int64, 0-based index into the data set's classes.
-        iscrowd: (M,) bool, true for regions that hold a crowd.
-        areas: (M,) float32, the annotation's own area in square pixels, or the box's where it has none.
-        annotation_ids: (M,) int64, ids in the annotation file.
-    """
-
-    id: int
-    path: Path
-    width: int
-    height: int
-    boxes: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.int64]
-    iscrowd: npt.NDArray[np.bool_]
-    areas: npt.NDArray[np.float32]
-    annotation_ids: npt.NDArray[np.int64]
+# Ids are stored as 64-bit integers.
+_MAX_ID = 2**63 - 1
+_MAX_SIDE = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,20 +28,34 @@ class CocoDataset:
     """A detection data set.
 
     Attributes:
-        annotations: The file it was read from.
+        origin: What it was read from, as messages call it: an annotation file, or a packed set's folder or URI.
         classes: Class names in order of category id; a label is an index into them.
         category_ids: The file's category id of every class.
-        images: All images by id, those without objects too.
+        columns: All images by id, those without objects too, and their objects.
+        source: What the images' bytes are read from.
         left_out: One sentence for every annotation that could not be used.
         notes: Sentences on what was mended.
+        content: Hash of all that the set holds, images too; None where nobody has read them all.
     """
 
-    annotations: Path
+    origin: str
     classes: tuple[str, ...]
     category_ids: tuple[int, ...]
-    images: tuple[ImageRecord, ...]
+    columns: Columns
+    source: Source
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    content: str | None = None
+
+    @property
+    def images(self) -> Images:
+        """All images in order, each made when it is asked for."""
+        return Images(self.columns, self.source)
+
+    @property
+    def annotations(self) -> Path:
+        """The annotation file that it was read from."""
+        return Path(self.origin)
 
 
 def read_coco(annotations: Path, images: Path) -> CocoDataset:
@@ -80,54 +73,37 @@ def read_coco(annotations: Path, images: Path) -> CocoDataset:
             file has no images or no categories.
     """
     content = _load(annotations)
-    names = _read_categories(annotations, content)
-    category_ids = tuple(sorted(names))
-    classes = tuple(names[category_id] for category_id in category_ids)
+    category_names = _read_categories(annotations, content)
+    category_ids = tuple(sorted(category_names))
     entries = _read_images(annotations, content)
-    paths = _find_images(annotations, images, entries)
+    _find_images(annotations, images, entries)
+    entries.sort(key=lambda entry: entry.id)
+    raw = _read_annotations(annotations, content, entries, category_ids)
+    names = names_of(entry.file_name for entry in entries)
+    columns, flawed, num_clipped = _columns(entries, names, raw)
 
-    label_of = {category_id: label for label, category_id in enumerate(category_ids)}
-    objects: dict[int, list[_Object]] = {image_id: [] for image_id in entries}
+    listed = content["annotations"]
     left_out = []
-    num_clipped = 0
-    for position, annotation in enumerate(_list(annotations, content, "annotations")):
-        where = f"annotations[{position}]"
-        annotation_id = _integer(annotations, annotation, "id", where)
-        image_id = _integer(annotations, annotation, "image_id", where)
-        category_id = _integer(annotations, annotation, "category_id", where)
-        box = _box(annotations, annotation, where)
-        reason = None
-        if image_id not in entries:
+    for position in flawed.tolist():
+        image_id, image = raw.image_ids[position], raw.images[position]
+        name = f" ({entries[image].file_name})" if image >= 0 else ""
+        if image < 0:
             reason = "there is no such image"
-        elif category_id not in label_of:
-            reason = f"there is no category {category_id}"
+        elif raw.labels[position] < 0:
+            reason = f"there is no category {listed[position]['category_id']}"
         else:
-            width, height = entries[image_id].width, entries[image_id].height
-            reason = _flaw(box, width, height)
-        if reason:
-            name = f" ({entries[image_id].file_name})" if image_id in entries else ""
-            left_out.append(f"{annotations}: annotation {annotation_id} of image {image_id}{name}: {reason}")
-            continue
-        x, y, box_width, box_height = box
-        corners = (max(x, 0.0), max(y, 0.0), min(x + box_width, width), min(y + box_height, height))
-        clipped = corners != (x, y, x + box_width, y + box_height)
-        num_clipped += clipped
-        box_area = (corners[2] - corners[0]) * (corners[3] - corners[1])
-        area = annotation.get("area")
-        if not _is_number(area) or not math.isfinite(area) or area <= 0:
-            area = box_area
-        elif clipped:
-            area = min(area, box_area)
-        crowd = bool(annotation.get("iscrowd", 0))
-        objects[image_id].append(_Object(corners, label_of[category_id], crowd, area, annotation_id))
-
+            reason = _flaw(listed[position]["bbox"], entries[image].width, entries[image].height)
+        left_out.append(f"{annotations}: annotation {raw.ids[position]} of image {image_id}{name}: {reason}")
     notes = (f"{annotations}: {num_clipped} boxes reached over the border and were clipped",) if num_clipped else ()
-    records = tuple(_record(entries[image_id], paths[image_id], objects[image_id]) for image_id in sorted(entries))
-    return CocoDataset(annotations, classes, category_ids, records, tuple(left_out), notes)
+    classes = tuple(category_names[category_id] for category_id in category_ids)
+    source = ImageFiles(images, names)
+    return CocoDataset(str(annotations), classes, category_ids, columns, source, tuple(left_out), notes)
 
 
 def content_hash(dataset: CocoDataset) -> str:
-    """The sha256 of the annotation file's bytes, in hexadecimal."""
+    """The sha256 in hexadecimal: of a packed set's content, else of the annotation file's bytes."""
+    if dataset.content is not None:
+        return dataset.content
     with dataset.annotations.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -138,33 +114,37 @@ def coco_ground_truth(dataset: CocoDataset) -> dict[str, Any]:
     Annotations are numbered anew from 1: pycocotools takes a match with id 0 for no match, and loses one
     of two annotations that share an id.
     """
-    annotations: list[dict[str, Any]] = []
-    for record in dataset.images:
-        for box, label, crowd, area in zip(
-            record.boxes.tolist(),
-            record.labels.tolist(),
-            record.iscrowd.tolist(),
-            record.areas.tolist(),
-            strict=True,
-        ):
-            x1, y1, x2, y2 = box
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": record.id,
-                    "category_id": dataset.category_ids[label],
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": area,
-                    "iscrowd": int(crowd),
-                }
-            )
+    stored = dataset.columns
+    xywh = stored.boxes.astype(np.float64)
+    xywh[:, 2:] -= xywh[:, :2]
+    objects = zip(
+        np.repeat(stored.ids, np.diff(stored.offsets)).tolist(),
+        np.asarray(dataset.category_ids, dtype=np.int64)[stored.labels].tolist(),
+        xywh.tolist(),
+        stored.areas.tolist(),
+        stored.iscrowd.tolist(),
+        strict=True,
+    )
+    images = zip(
+        stored.ids.tolist(), stored.names.tolist(), stored.widths.tolist(), stored.heights.tolist(), strict=True
+    )
     return {
         "info": {},
         "images": [
-            {"id": record.id, "file_name": record.path.name, "width": record.width, "height": record.height}
-            for record in dataset.images
+            {"id": image_id, "file_name": Path(name).name, "width": width, "height": height}
+            for image_id, name, width, height in images
         ],
-        "annotations": annotations,
+        "annotations": [
+            {
+                "id": number,
+                "image_id": image_id,
+                "category_id": category_id,
+                "bbox": box,
+                "area": area,
+                "iscrowd": int(crowd),
+            }
+            for number, (image_id, category_id, box, area, crowd) in enumerate(objects, start=1)
+        ],
         "categories": [
             {"id": category_id, "name": name}
             for category_id, name in zip(dataset.category_ids, dataset.classes, strict=True)
@@ -182,47 +162,93 @@ class _Entry:
     height: int
 
 
-@dataclass(frozen=True)
-class _Object:
-    """One sound annotation, its corners inside of the image."""
+class _Raw(NamedTuple):
+    """The A annotations of a file as columns, before any is left out."""
 
-    corners: tuple[float, float, float, float]
-    label: int
-    crowd: bool
-    area: float
-    annotation_id: int
+    ids: list[int]
+    image_ids: list[int]
+    images: npt.NDArray[np.int64]
+    """(A,) position of the image by id, -1 where there is none."""
+    labels: npt.NDArray[np.int64]
+    """(A,) -1 where there is no such category."""
+    boxes: npt.NDArray[np.float64]
+    """(A, 4) x, y, width, height."""
+    areas: npt.NDArray[np.float64]
+    """(A,) as given; NaN where there is no number."""
+    crowds: npt.NDArray[np.bool_]
 
 
-def _record(entry: _Entry, path: Path, objects: list[_Object]) -> ImageRecord:
-    return ImageRecord(
-        entry.id,
-        path,
-        entry.width,
-        entry.height,
-        boxes=np.array([item.corners for item in objects], dtype=np.float32).reshape(-1, 4),
-        labels=np.array([item.label for item in objects], dtype=np.int64),
-        iscrowd=np.array([item.crowd for item in objects], dtype=np.bool_),
-        areas=np.array([item.area for item in objects], dtype=np.float32),
-        annotation_ids=np.array([item.annotation_id for item in objects], dtype=np.int64),
+def _read_annotations(
+    path: Path, content: dict[str, Any], entries: list[_Entry], category_ids: tuple[int, ...]
+) -> _Raw:
+    image_of = {entry.id: position for position, entry in enumerate(entries)}
+    label_of = {category_id: label for label, category_id in enumerate(category_ids)}
+    ids, image_ids, images, labels, boxes, areas, crowds = [], [], [], [], [], [], []
+    for position, annotation in enumerate(_list(path, content, "annotations")):
+        where = f"annotations[{position}]"
+        ids.append(_integer(path, annotation, "id", where))
+        image_id = _integer(path, annotation, "image_id", where)
+        image_ids.append(image_id)
+        images.append(image_of.get(image_id, -1))
+        labels.append(label_of.get(_integer(path, annotation, "category_id", where), -1))
+        boxes.append(_box(path, annotation, where))
+        area = annotation.get("area")
+        areas.append(_float(area) if _is_number(area) else math.nan)
+        crowds.append(bool(annotation.get("iscrowd", 0)))
+    return _Raw(
+        ids,
+        image_ids,
+        np.array(images, dtype=np.int64),
+        np.array(labels, dtype=np.int64),
+        np.array(boxes, dtype=np.float64).reshape(-1, 4),
+        np.array(areas, dtype=np.float64),
+        np.array(crowds, dtype=np.bool_),
     )
 
 
-def _flaw(box: list[float], width: int, height: int) -> str | None:
-    """Why a bbox (x, y, width, height) cannot be used; None if it can."""
-    x, y, box_width, box_height = box
-    if not all(math.isfinite(value) for value in box):
+def _columns(entries: list[_Entry], names: npt.NDArray[Any], raw: _Raw) -> tuple[Columns, npt.NDArray[np.int64], int]:
+    """The columns of the sound annotations, the positions of the others, and how many boxes were clipped."""
+    widths = np.array([entry.width for entry in entries], dtype=np.int32)
+    heights = np.array([entry.height for entry in entries], dtype=np.int32)
+    bounds = np.stack([widths, heights], 1)[raw.images].astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is left out
+        far = raw.boxes[:, :2] + raw.boxes[:, 2:]
+        corners = np.concatenate([np.maximum(raw.boxes[:, :2], 0), np.minimum(far, bounds)], 1)
+        # In float32, as it is stored: a sliver may not survive the rounding.
+        stored = corners.astype(np.float32)
+        sound = (raw.images >= 0) & (raw.labels >= 0) & np.isfinite(raw.boxes).all(1)
+        sound &= (raw.boxes[:, 2:] > 0).all(1) & (stored[:, 2:] > stored[:, :2]).all(1)
+        clipped = (corners != np.concatenate([raw.boxes[:, :2], far], 1)).any(1)
+        box_areas = (corners[:, 2:] - corners[:, :2]).prod(1)
+        given = np.isfinite(raw.areas) & (raw.areas > 0)
+    areas = np.where(given, np.where(clipped, np.minimum(raw.areas, box_areas), raw.areas), box_areas)
+
+    kept = np.flatnonzero(sound)
+    kept = kept[np.argsort(raw.images[kept], kind="stable")]
+    columns = Columns(
+        ids=np.array([entry.id for entry in entries], dtype=np.int64),
+        widths=widths,
+        heights=heights,
+        names=names,
+        offsets=offsets_of(np.bincount(raw.images[kept], minlength=len(entries))),
+        boxes=stored[kept],
+        labels=raw.labels[kept],
+        iscrowd=raw.crowds[kept],
+        areas=areas[kept].astype(np.float32),
+        annotation_ids=np.array(raw.ids, dtype=np.int64)[kept],
+    )
+    return columns, np.flatnonzero(~sound), int((sound & clipped).sum())
+
+
+def _flaw(box: list[float], width: int, height: int) -> str:
+    """Why a bbox (x, y, width, height) of a known image cannot be used."""
+    if not all(math.isfinite(_float(value)) for value in box):
         return f"bbox {box} holds a number that is not finite"
-    if box_width < 0 or box_height < 0:
+    if box[2] < 0 or box[3] < 0:
         return f"bbox {box} has a negative width or height"
-    if box_width == 0 or box_height == 0:
+    if box[2] == 0 or box[3] == 0:
         return f"bbox {box} has no area"
-    # In float32, as it is stored: a sliver may not survive the rounding.
-    left, top, right, bottom = np.array(
-        [max(x, 0.0), max(y, 0.0), min(x + box_width, width), min(y + box_height, height)], dtype=np.float32
-    )
-    if left >= right or top >= bottom:
-        return f"bbox {box} lies outside of the image, which is {width} x {height}"
-    return None
+    return f"bbox {box} lies outside of the image, which is {width} x {height}"
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -255,15 +281,15 @@ def _read_categories(path: Path, content: dict[str, Any]) -> dict[int, str]:
     return names
 
 
-def _read_images(path: Path, content: dict[str, Any]) -> dict[int, _Entry]:
+def _read_images(path: Path, content: dict[str, Any]) -> list[_Entry]:
     entries: dict[int, _Entry] = {}
     for position, image in enumerate(_list(path, content, "images")):
         where = f"images[{position}]"
         entry = _Entry(
             id=_integer(path, image, "id", where),
             file_name=_string(path, image, "file_name", where),
-            width=_integer(path, image, "width", where, least=1),
-            height=_integer(path, image, "height", where, least=1),
+            width=_integer(path, image, "width", where, least=1, most=_MAX_SIDE),
+            height=_integer(path, image, "height", where, least=1, most=_MAX_SIDE),
         )
         if entry.id in entries:
             names = f"{entries[entry.id].file_name} and {entry.file_name}"
@@ -271,19 +297,17 @@ def _read_images(path: Path, content: dict[str, Any]) -> dict[int, _Entry]:
         entries[entry.id] = entry
     if not entries:
         raise UserError(f"{path}: images is empty, expected at least one")
-    return entries
+    return list(entries.values())
 
 
-def _find_images(annotations: Path, folder: Path, entries: dict[int, _Entry]) -> dict[int, Path]:
+def _find_images(annotations: Path, folder: Path, entries: list[_Entry]) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of images (for {annotations})")
-    paths = {entry.id: folder / entry.file_name for entry in entries.values()}
-    missing = [entry.file_name for entry in entries.values() if not paths[entry.id].is_file()]
+    missing = [entry.file_name for entry in entries if not (folder / entry.file_name).is_file()]
     if missing:
         names = ", ".join(missing[:_NAMED_AT_MOST]) + (", ..." if len(missing) > _NAMED_AT_MOST else "")
         count = f"{len(missing)} of {len(entries)}"
         raise UserError(f"{folder}: {count} images that {annotations} lists are missing: {names}")
-    return paths
 
 
 # One checked look-up per type. `where` is the place in the file, for the message.
@@ -304,12 +328,14 @@ def _list(path: Path, content: dict[str, Any], key: str) -> list[Any]:
     return value
 
 
-def _integer(path: Path, item: Any, key: str, where: str, least: int | None = None) -> int:
+def _integer(path: Path, item: Any, key: str, where: str, least: int | None = None, most: int = _MAX_ID) -> int:
     value = _get(path, item, key, where)
     if not isinstance(value, int) or isinstance(value, bool):
         raise UserError(f"{path}: not COCO's format: {where}.{key} should be an integer, found {_kind(value)}")
     if least is not None and value < least:
         raise UserError(f"{path}: {where}.{key} should be {least} or more, found {value}")
+    if abs(value) > most:
+        raise UserError(f"{path}: {where}.{key} should be {most} or less, found {value!r:.80}")
     return value
 
 
@@ -320,11 +346,18 @@ def _string(path: Path, item: Any, key: str, where: str) -> str:
     return value
 
 
-def _box(path: Path, item: Any, where: str) -> list[float]:
+def _box(path: Path, item: Any, where: str) -> tuple[float, ...]:
     value = _get(path, item, "bbox", where)
     if not isinstance(value, list) or len(value) != 4 or not all(_is_number(number) for number in value):
         raise UserError(f"{path}: not COCO's format: {where}.bbox should be four numbers, found {value!r:.80}")
-    return value
+    return tuple(map(_float, value))
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # JSON's integers have no bound
+        return math.inf
 
 
 def _is_number(value: Any) -> bool:

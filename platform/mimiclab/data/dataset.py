@@ -6,16 +6,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mimiclab.data.coco import CocoDataset, ImageRecord
-from mimiclab.data.order import Order, rank_slice, sample_key
-from mimiclab.data.transforms import augment, draw_short, padded_size, resize, resized_size
+from mimiclab.data.augment import Augmentation, Plan, carry_out
+from mimiclab.data.coco import CocoDataset
+from mimiclab.data.columns import ImageRecord
+from mimiclab.data.images import check_size, decode
+from mimiclab.data.order import Order, rank_slice, sample_key, training_order
+from mimiclab.data.transforms import padded_size, resize, resized_size
 from mimiclab.engine import Batch
 from mimiclab.errors import UserError
+from mimiclab.schema import AugmentConfig, Experiment
 
 
 def read_image(path: Path) -> Tensor:
@@ -25,12 +29,10 @@ def read_image(path: Path) -> Tensor:
         UserError: The file cannot be read or decoded.
     """
     try:
-        with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
-    # What Pillow raises for a damaged file depends on its format.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        encoded = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as an image: {error.strerror}") from error
+    return _as_tensor(decode(encoded, str(path)))
 
 
 def check_images(dataset: CocoDataset) -> None:
@@ -40,7 +42,7 @@ def check_images(dataset: CocoDataset) -> None:
         UserError: one cannot be decoded, or is not of its stored size.
     """
     with ThreadPoolExecutor() as threads:
-        for _ in threads.map(_read_record, dataset.images):
+        for _ in threads.map(read_record, dataset.images):
             pass
 
 
@@ -64,6 +66,7 @@ class TrainBatches(Dataset[Batch]):
         flip: Probability of a horizontal flip.
         rank: This worker's rank.
         world: Number of workers.
+        augment: What else is done to images; None is nothing.
     """
 
     def __init__(
@@ -76,35 +79,60 @@ class TrainBatches(Dataset[Batch]):
         flip: float,
         rank: int,
         world: int,
+        augment: AugmentConfig | None = None,
     ) -> None:
         if order.num_images != len(dataset.images):
             raise ValueError(f"the order is of {order.num_images} images, the data set has {len(dataset.images)}")
         self.dataset = dataset
         self.order = order
-        self.short = short
-        self.long = long
-        self.flip = flip
+        self.augmentation = Augmentation(short, long, flip, augment or AugmentConfig())
         self.rank = rank
         self.world = world
 
+    def plans(self, step: int) -> list[Plan]:
+        """What the whole global batch of `step` is made of, in order; no image is read for it."""
+        return [self.augmentation.plan(self.order, slot, self._stored_size) for slot in self.order.slots(step)]
+
     def __getitem__(self, step: int) -> Batch:
-        slots = self.order.slots(step)
-        records = [self.dataset.images[slot.index] for slot in slots]
-        # Padding shows in the activations at the border and in normalisation: all ranks pad alike, to what
-        # the whole global batch needs, which stored sizes and keys tell without reading the others' images.
-        sizes = [
-            resized_size(record.width, record.height, draw_short(self.short, slot.key), self.long)
-            for slot, record in zip(slots, records, strict=True)
-        ]
+        slots, plans = self.order.slots(step), self.plans(step)
         images, targets, image_ids = [], [], []
         mine = rank_slice(self.order.global_batch, self.rank, self.world)
-        for slot, record, size in zip(slots[mine], records[mine], sizes[mine], strict=True):
-            image, target = _load(record, size, slot.key)
-            image, target["boxes"] = augment(image, target["boxes"], slot.key, self.flip)
+        for slot, plan in zip(slots[mine], plans[mine], strict=True):
+            image, target = carry_out(plan, self._read, self.augmentation.config.min_visible)
             images.append(image)
-            targets.append(target)
-            image_ids.append(record.id)
-        return Batch(images, targets, padded_size(sizes), image_ids)
+            targets.append({**target, "key": torch.tensor(slot.key, dtype=torch.int64)})
+            image_ids.append(self.dataset.images[slot.index].id)
+        # Padding shows in the activations at the border and in normalisation: all ranks pad alike, to what
+        # the whole global batch needs, which plans tell without reading the others' images.
+        return Batch(images, targets, padded_size([plan.size for plan in plans]), image_ids)
+
+    def _stored_size(self, index: int) -> tuple[int, int]:
+        columns = self.dataset.columns
+        return int(columns.widths[index]), int(columns.heights[index])
+
+    def _read(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        record = self.dataset.images[index]
+        target = {
+            "boxes": torch.tensor(record.boxes),
+            "labels": torch.tensor(record.labels),
+            "iscrowd": torch.tensor(record.iscrowd),
+        }
+        return read_record(record), target
+
+
+def training_batches(dataset: CocoDataset, experiment: Experiment, *, rank: int = 0, world: int = 1) -> TrainBatches:
+    """A rank's part of what an experiment shows of its training set."""
+    data = experiment.data
+    return TrainBatches(
+        dataset,
+        training_order(dataset, experiment),
+        short=data.resize.train_short or data.resize.short,
+        long=data.resize.long,
+        flip=data.flip,
+        rank=rank,
+        world=world,
+        augment=data.augment,
+    )
 
 
 class EvalBatches(Dataset[Batch]):
@@ -153,19 +181,26 @@ class EvalBatches(Dataset[Batch]):
         return Batch(images, targets, padded_size(sizes), [record.id for record in records])
 
 
-def _read_record(record: ImageRecord) -> Tensor:
-    image = read_image(record.path)
-    height, width = image.shape[1:]
-    if (width, height) != (record.width, record.height):
-        raise UserError(
-            f"{record.path}: the image is {width} x {height}, its annotation file says {record.width} x {record.height}"
-        )
-    return image
+def read_record(record: ImageRecord) -> Tensor:
+    """Decode a data set's image to RGB: uint8 (3, H, W), in its stored orientation.
+
+    Raises:
+        UserError: It cannot be read or decoded, or is not of its stored size.
+    """
+    pixels = decode(record.encoded(), record.where)
+    height, width, _ = pixels.shape
+    check_size(width, height, (record.width, record.height), record.where)
+    return _as_tensor(pixels)
+
+
+def _as_tensor(pixels: npt.NDArray[np.uint8]) -> Tensor:
+    # Left as it lies in memory, three bytes a pixel: resizing takes it so, and copies what it gives anyway.
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _load(record: ImageRecord, size: tuple[int, int], key: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Read and resize one image; its target, with boxes in the resized image's pixels."""
-    image = _read_record(record)
+    image = read_record(record)
     image, boxes = resize(image, torch.tensor(record.boxes), size)
     target = {
         "boxes": boxes,

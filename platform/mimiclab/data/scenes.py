@@ -75,9 +75,11 @@ class SceneObject:
 def generate_scenes(root: Path, *, seed: int, num_train: int, num_val: int, size: int) -> ScenesPaths:
     """Write the set below `root`, in a folder named after the arguments; return at once where it is complete.
 
-    The same arguments give the same bytes (with the same versions of NumPy and Pillow). Images are drawn
-    independently of each other: a larger set starts with the images of a smaller one. The folder appears
-    under its name only when it is whole.
+    The same arguments give the same bytes. That holds with the same versions of NumPy (its generator's
+    distributions, which may change between versions, and float32 arithmetic) and of Pillow (polygons, resizing
+    and the zlib that packs the pixels); no font is used, letters are polygons. Images are drawn independently
+    of each other: a larger set starts with the images of a smaller one. The folder appears under its name only
+    when it is whole.
 
     Args:
         root: Folder that holds the sets; made when missing.
