@@ -41,10 +41,10 @@ def evaluate_run(run: Run, console: Console) -> None:
     splits = read_splits(experiment.data)
     if splits.val.classes != run.classes:
         raise UserError(
-            f"{splits.val.annotations} has the classes {list(splits.val.classes)}, "
+            f"{splits.val.origin} has the classes {list(splits.val.classes)}, "
             f"expected those that run {run.folder.name} was trained for: {list(run.classes)}"
         )
-    console.print(f"evaluating {len(splits.val.images)} images of {splits.val.annotations}", highlight=False)
+    console.print(f"evaluating {len(splits.val.images)} images of {splits.val.origin}", highlight=False)
     detector = load_detector(run, experiment)
     result = evaluate(detector, splits.val, experiment.data, experiment.eval, rank=0, world=1)
     assert result is not None  # rank 0's

@@ -376,7 +376,7 @@ def test_a_file_without_anything_to_learn_is_an_error(tmp_path: Path, mimiclab: 
     [
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ("[1]", "expected an object on top, found [1]"),
+        ("[1]", "expected an object on top, found a list"),
         ('{"images": [], "categories": []}', "has no key 'annotations'"),
         ('{"images": {}, "categories": [], "annotations": []}', "images should be a list, found an object"),
         (None, "no such annotation file"),
@@ -416,13 +416,29 @@ def test_a_file_too_large_for_the_memory_is_refused_before_it_is_read(
 ) -> None:
     size = scenes.train_annotations.stat().st_size
     memory = SimpleNamespace(available=10 * size)
-    monkeypatch.setattr("mimiclab.data.listing.psutil.virtual_memory", lambda: memory)
+    monkeypatch.setattr("mimiclab.data.json_file.psutil.virtual_memory", lambda: memory)
     read_listing(scenes.train_annotations)
     memory.available -= 1
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", lambda _: pytest.fail("it was read"))
         with pytest.raises(UserError, match=r"instances_train.json: [\d.e-]+ GiB .* about [\d.e-]+ GiB, .* available"):
             read_listing(scenes.train_annotations)
+
+
+def test_a_container_s_limit_counts_where_it_leaves_less_than_the_machine_has(
+    scenes: ScenesPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = 10 * scenes.train_annotations.stat().st_size
+    monkeypatch.setattr("mimiclab.data.json_file._CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text(f"{needed + 700}\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.stat").write_text("anon 700\ninactive_file 300\n")
+    read_listing(scenes.train_annotations)
+    (tmp_path / "memory.current").write_text("1001\n")
+    with pytest.raises(UserError, match="too much for the memory"):
+        read_listing(scenes.train_annotations)
+    (tmp_path / "memory.max").write_text("max\n")
+    read_listing(scenes.train_annotations)
 
 
 def test_a_name_that_no_terminal_and_no_file_system_takes_is_found(

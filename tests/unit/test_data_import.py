@@ -186,6 +186,43 @@ def test_vocs_lists_are_the_splits_but_not_trainval_and_those_of_classes(tmp_pat
     assert [boxes_of(test), list(boxes_of(train)), list(boxes_of(val))] == [{"c": []}, ["b"], ["a"]]
 
 
+def test_trainval_is_a_split_where_train_or_val_is_missing(tmp_path: Path) -> None:
+    source = voc(tmp_path / "voc", val={"a": xml([DOG])}, trainval={"b": xml([CAT]), "a": xml([DOG])})
+    assert "a.jpg: is in trainval and again in val" in refusal(source, tmp_path / "out")
+    (source / "ImageSets" / "Main" / "val.txt").unlink()
+    run(source, tmp_path / "out")
+    dataset = read_coco(tmp_path / "out" / "trainval.json", source / "JPEGImages")
+    assert list(boxes_of(dataset)) == ["b", "a"]
+
+
+def test_images_and_xml_files_of_no_list_are_left_out_and_reported(tmp_path: Path) -> None:
+    source = voc(tmp_path / "voc", train={"a": xml([CAT])}, val={"b": xml([DOG]), "c": None})
+    write(source / "ImageSets" / "Main" / "val.txt", "b\n")
+    write(source / "ImageSets" / "Main" / "trainval.txt", "a\nb\nd\n")
+    write(source / "Annotations" / "gone.xml", xml([CAT]))
+    picture(source / "JPEGImages" / "d.jpg")
+    write(source / "Annotations" / "d.xml", xml([CAT]))
+    said = run(source, tmp_path / "out")
+    images, files = source / "JPEGImages", source / "Annotations"
+    assert f"2 images are in no list and were left out: {images / 'c.jpg'}, {images / 'd.jpg'}\n" in said
+    expected = f"{files / 'd.xml'}, {files / 'gone.xml'}"
+    assert f"2 XML files are of no listed image and were left out: {expected}\n" in said
+
+
+@pytest.mark.parametrize("format", ["voc", "yolo"])
+def test_sidecars_of_macos_are_no_part_of_a_set(tmp_path: Path, format: str) -> None:
+    if format == "voc":
+        source = voc(tmp_path / "set", all={"a": xml([CAT])})
+    else:
+        source = yolo(tmp_path / "set", all={"a": CAT_ROW})
+    for path in [path for path in source.rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7\xff")
+    assert "1 images, 1 boxes" in run(source, tmp_path / "out")
+    if format == "voc":
+        (source / "ImageSets" / "Main" / "all.txt").unlink()
+        assert "1 images, 1 boxes" in run(source, tmp_path / "unlisted")
+
+
 def test_without_lists_all_images_are_one_split(tmp_path: Path) -> None:
     source = voc(tmp_path / "voc", train={"b": xml([CAT]), "a": None})
     (source / "ImageSets" / "Main" / "train.txt").unlink()
@@ -249,6 +286,53 @@ def test_data_yaml_names_classes_and_splits(tmp_path: Path, names: Any, prefix: 
         assert dataset.classes == ("cat", "dog")
         assert boxes_of(dataset) == {folder: [("cat", [10, 5, 30, 25], False)]}
     assert str(source / "valid" / "images") in said
+
+
+def test_a_test_split_that_is_not_there_is_left_out_and_reported(tmp_path: Path) -> None:
+    source = yolo(tmp_path / "yolo", train={"a": CAT_ROW}, val={"b": CAT_ROW})
+    config = {"names": ["cat"], "train": "images/train", "val": "images/val", "test": "images/test"}
+    write(source / "data.yaml", yaml.safe_dump(config))
+    said = run(source, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train.json", "val.json"]
+    missing = source / "images" / "test"
+    assert f"1 places of test in {source / 'data.yaml'} are not there and were left out: {missing}\n" in said
+
+
+@pytest.mark.parametrize("base", ["./", "", "{source}/"])
+def test_lists_of_images_are_splits(tmp_path: Path, base: str) -> None:
+    source = yolo(tmp_path / "yolo", all={"a": CAT_ROW, "b": CAT_ROW * 2, "c": CAT_ROW, "d": None})
+    base = base.format(source=source)
+    write(source / "train.txt", f"{base}images/all/b.jpg\n\n{base}images/all/d.jpg\n")
+    write(source / "lists" / "val.txt", f"{base}images/all/a.jpg\n")
+    write(source / "data.yaml", "{names: [cat], train: train.txt, val: lists/val.txt}")
+    said = run(source, tmp_path / "out")
+    cat = ("cat", [10, 5, 30, 25], False)
+    images = source / "images" / "all"
+    assert boxes_of(read_coco(tmp_path / "out" / "train.json", images)) == {"b": [cat, cat], "d": []}
+    assert boxes_of(read_coco(tmp_path / "out" / "val.json", images)) == {"a": [cat]}
+    left = source / "labels" / "all" / "c.txt"
+    assert f"1 label files are of no listed image and were left out: {left}\n" in said
+    write(source / "train.txt", "images/all/b.jpg\nimages/all/e.jpg\n")
+    assert f"{source / 'train.txt'}:2: there is no image 'images/all/e.jpg' in " in refusal(source, tmp_path / "new")
+
+
+def test_text_files_without_boxes_may_lie_beside_labels(tmp_path: Path) -> None:
+    source = yolo(tmp_path / "yolo", train={"a": CAT_ROW})
+    notes = source / "labels" / "train" / "README.txt"
+    notes.write_bytes("Drawn in 2 weeks by J\xfcrgen.\n1 2 3\n".encode("latin-1"))
+    write(source / "labels" / "train" / "notes.txt", "3 of 5 are cats\n")
+    said = run(source, tmp_path / "out")
+    assert f"2 text files hold no boxes and were left alone: {notes}, {notes.with_name('notes.txt')}\n" in said
+    for text in ("", "a note\n" + CAT_ROW):
+        write(notes, text)
+        assert f"{notes}: its image is missing" in refusal(source, tmp_path / "new")
+
+
+def test_a_class_id_may_be_written_as_a_float(tmp_path: Path) -> None:
+    source = yolo(tmp_path / "yolo", train={"a": "1.0 0.25 0.3 0.25 0.4\n0. 0.25 0.3 0.25 0.4\n"})
+    run(source, tmp_path / "out")
+    found = boxes_of(read_coco(tmp_path / "out" / "train.json", source / "images" / "train"))
+    assert [name for name, *_ in found["a"]] == ["dog", "cat"]
 
 
 @pytest.mark.parametrize(("images", "labels"), [("images", "labels"), (".", ".")])
@@ -452,6 +536,8 @@ def test_xml_that_is_not_sound_is_refused_by_file_and_object(tmp_path: Path, tex
     [
         ("2 0.5 0.5 0.1 0.1", "expected a class id of {classes}, 0 to 1, found '2'"),
         ("-1 0.5 0.5 0.1 0.1", "0 to 1, found '-1'"),
+        ("0.5 0.5 0.5 0.1 0.1", "0 to 1, found '0.5'"),
+        ("1.01 0.5 0.5 0.1 0.1", "0 to 1, found '1.01'"),
         ("cat 0.5 0.5 0.1 0.1", "0 to 1, found 'cat'"),
         ("0 0.5 0.5 0.1", "found 4 values"),
         ("0 0.5 0.5 0.1 0.1 0.9", "found 6 values"),
@@ -536,7 +622,7 @@ def test_a_folder_of_no_known_format_is_refused(tmp_path: Path) -> None:
         (
             "data.yaml",
             "{names: [cat], train: images/nowhere}",
-            "data.yaml: train: expected a folder of images, found none",
+            "data.yaml: train: expected a folder of images or a .txt file of their paths, found none",
         ),
         ("data.yaml", "{names: [cat], kpt_shape: [17, 3]}", "data.yaml: kpt_shape: these labels are keypoints"),
     ],

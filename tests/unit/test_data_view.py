@@ -1,7 +1,7 @@
 """`mimiclab data view` and `data scenes`: what a person sees of a data set."""
 
 import json
-import sys
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,13 +147,18 @@ def test_images_of_any_shape_fit_into_the_sheet() -> None:
         (["images"], "images/manifest.json"),
         (["no"], "no/manifest.json"),
         (["x.yaml", "--output", "no/sheet.png"], "--output no/sheet.png: cannot be written: expected a file in a"),
-        (["x.yaml", "--output", "images"], "--output images: found the suffix '', expected that of a picture"),
-        (["x.yaml", "--output", "s.txt"], "--output s.txt: found the suffix '.txt', expected that of a picture"),
+        (["x.yaml", "--output", "images"], "--output images: found the suffix '', expected one of .png"),
+        (["x.yaml", "--output", "s.txt"], "--output s.txt: found the suffix '.txt', expected one of .png"),
+        (["x.yaml", "--output", "s.pdf"], "--output s.pdf: found the suffix '.pdf', expected one of .png, .jpg"),
+        (["x.yaml", "--output", "d.png"], "--output d.png: cannot be written: expected a file in a folder"),
+        (["x.yaml", "--output", "n" * 300 + "/s.png"], f"--output {'n' * 300}/s.png: cannot be written: expected a"),
+        (["x.yaml", "--output", "n" * 300 + ".png"], f"--output {'n' * 300}.png: cannot be written: File name too"),
     ],
 )
 def test_a_mistake_is_one_message_and_leaves_nothing(
     mimiclab: Verb, files: Path, args: list[str], message: str
 ) -> None:
+    (files / "d.png").mkdir()
     before = sorted(files.rglob("*"))
     code, out, err = mimiclab("data", "view", *args)
     assert (code, out) == (2, "")
@@ -162,11 +167,18 @@ def test_a_mistake_is_one_message_and_leaves_nothing(
     assert sorted(files.rglob("*")) == before
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
-def test_a_full_disk_is_named(mimiclab: Verb, files: Path) -> None:
-    (files / "full.png").symlink_to("/dev/full")
-    code, _, err = mimiclab("data", "view", "x.yaml", "--output", "full.png")
-    assert (code, err) == (2, "error: --output full.png: cannot be written: No space left on device\n")
+def test_what_was_there_stays_when_the_disk_is_full(mimiclab: Verb, files: Path) -> None:
+    (files / "sheet.png").write_bytes(b"an older one")
+    before = sorted(files.rglob("*"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        code, _, err = mimiclab("data", "view", "x.yaml")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (code, err) == (2, "error: --output sheet.png: cannot be written: File too large\n")
+    assert (files / "sheet.png").read_bytes() == b"an older one"
+    assert sorted(files.rglob("*")) == before
 
 
 def test_a_damaged_image_is_named(mimiclab: Verb, files: Path) -> None:
@@ -191,10 +203,14 @@ def test_scenes_are_drawn_where_the_verb_says(mimiclab: Verb, tmp_path: Path) ->
 
 
 def test_scenes_that_cannot_be_drawn_are_refused(mimiclab: Verb, tmp_path: Path) -> None:
-    assert mimiclab("data", "scenes", "d", "--size", "8")[::2] == (
-        2,
-        "error: scenes: size must be 32 or more, found 8\n",
-    )
+    for option, value, expected in (
+        ("--size", 8, "size must be 32 or more"),
+        ("--seed", -1, "seed must be 0 or more"),
+        ("--seed", 2**32, f"seed must be {2**32 - 1} or less"),
+    ):
+        said = mimiclab("data", "scenes", "d", option, str(value), "--train", "1", "--val", "1")
+        assert said == (2, "", f"error: scenes: {expected}, found {value}\n")
+    assert not (tmp_path / "d").exists()
     (tmp_path / "file").touch()
     code, _, err = mimiclab("data", "scenes", "file", "--train", "1", "--val", "1")
     assert code == 2

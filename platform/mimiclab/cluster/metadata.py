@@ -75,7 +75,9 @@ class MetadataServer:
                 limit.cancel()
         except (OSError, http.client.HTTPException) as error:
             slow = late.is_set() or isinstance(error, TimeoutError)
-            raise NoAnswerError(_slow(seconds) if slow else str(error) or type(error).__name__) from error
+            # What a server of another protocol sends is part of the message.
+            reason = " ".join(str(error).split())[:100] or type(error).__name__
+            raise NoAnswerError(_slow(seconds) if slow else reason) from error
         finally:
             connection.close()
         if late.is_set():

@@ -82,7 +82,7 @@ class Aws:
         """The time by the server's clock where this machine's is clearly another."""
         return time.time() - self._ahead
 
-    def renew_token(self, seconds: float = _ANSWER_S) -> None:
+    def renew_token(self, seconds: float) -> None:
         """Open a session.
 
         Raises:
@@ -121,10 +121,10 @@ class Aws:
     def _item(self, name: str) -> dict[str, object] | None:
         """An item that is a JSON object; None where there is none."""
         if time.monotonic() >= self._renew_at:
-            self.renew_token()
+            self.renew_token(_ANSWER_S)
         answer = self._get(name)
         if answer.status == 401:
-            self.renew_token()
+            self.renew_token(_ANSWER_S)
             answer = self._get(name)
         if answer.status == 404:
             return None
@@ -182,7 +182,7 @@ class Gcp:
         yield "interruption", self._remember("interruption", preempted, "GCP preempts this instance", self._PREEMPTED_S)
 
         events = ("NONE", "MIGRATE_ON_HOST_MAINTENANCE", "TERMINATE_ON_HOST_MAINTENANCE")
-        event = _one_of(self.get("maintenance-event").text.upper(), events)
+        event = _one_of(self.get("maintenance-event", _ANSWER_S).text.upper(), events)
         if event.startswith("MIGRATE"):
             yield "maintenance", Notice("GCP will move this instance to another host", drains=False)
         else:
@@ -194,7 +194,7 @@ class Gcp:
         """This machine's time, from which the deadlines are counted."""
         return time.time()
 
-    def get(self, item: str, seconds: float = _ANSWER_S) -> Answer:
+    def get(self, item: str, seconds: float) -> Answer:
         """An item of the instance.
 
         Raises:
@@ -258,12 +258,12 @@ def detect() -> Cloud | None:
         return None
 
 
-def _seconds(time: object) -> float | None:
+def _seconds(text: object) -> float | None:
     """ISO 8601, in UTC where it does not say, as seconds since 1970; None where it is neither."""
-    if not isinstance(time, str):
+    if not isinstance(text, str):
         return None
     try:
-        found = datetime.fromisoformat(time)
+        found = datetime.fromisoformat(text)
     except ValueError:
         return None
     return (found if found.tzinfo is not None else found.replace(tzinfo=UTC)).timestamp()

@@ -41,11 +41,8 @@ class Termination:
         return self._at
 
     def wait(self, seconds: float) -> None:
-        """Wait for so long; where it comes meanwhile, no longer."""
-        if self._at is None:
-            select.select([self._reader], [], [], seconds)
-        else:
-            time.sleep(seconds)
+        """Wait until it comes, at most for so long."""
+        select.select([self._reader], [], [], seconds)
 
     def catch(self, number: int, frame: FrameType | None) -> None:
         """Note that it has come: a handler."""
@@ -116,15 +113,17 @@ class Watch:
         Raises:
             UserError: it is not clear which node is this machine's.
         """
+        if self.pending:
+            self._drain()
         try:
             for kind, notice in self._source.ask():
-                self._take(kind, notice)
-                self._drain()
+                if self._announced.get(kind) != notice:
+                    self._take(kind, notice)
+                    self._drain()
         except NoAnswerError as error:
             if self.failures == 0:
                 self._say(f"no answer from the metadata server ({error}); asking on")
             self.failures += 1
-            self._drain()
         else:
             if self.failures:
                 self._say("the metadata server answers")
@@ -146,14 +145,11 @@ class Watch:
         self._say("the deadline has come")
 
     def _take(self, kind: Kind, notice: Notice | None) -> None:
-        before = self._announced.get(kind)
-        if notice == before:
-            return
         if notice is not None:
             self._announced[kind] = notice
             self._say(f"{notice.what}{self._when(notice)}")
-        elif before is not None:
-            del self._announced[kind]
+        else:
+            before = self._announced.pop(kind)
             drained = self._current is not None and self._current.notice == before and self._current.done
             self._say(f"withdrawn: {before.what}" + ("; the node stays drained until Ray restarts" if drained else ""))
 
@@ -265,7 +261,10 @@ def spot_watch(
                 pause = _back_off(interval, watch.failures)
             else:  # a question to GCP waits for its answer by itself
                 pause = max(0.0, interval - (time.monotonic() - start))
-            stop.wait(pause)
+            if last:
+                time.sleep(pause)
+            else:
+                stop.wait(pause)
         if cloud == "kubernetes":
             watch.wait_for_end()
         return watch.settled and not (once and watch.failures)

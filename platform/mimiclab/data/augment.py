@@ -220,7 +220,8 @@ def show(tile: Tile, image: Tensor, target: dict[str, Tensor], min_visible: floa
     image, boxes = cut(image, target["boxes"], tile.crop)
     image, boxes = resize(image, boxes, tile.size)
     image, boxes = cut(image, boxes, tile.window)
-    image = image.contiguous()  # a part of an image would keep all of it in memory
+    if image.untyped_storage().nbytes() > image.numel():  # a part of an image would keep all of it in memory
+        image = image.contiguous()
     if tile.flip:
         image, boxes = mirror(image, boxes)
     if tile.crop == entire and tile.window == (0, 0, *tile.size):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mimiclab.data.columns import Columns, ImageFiles, Images, Source, names_of, offsets_of
+from mimiclab.data.json_file import float_of, kind_of, list_of, load_json, without_collector
+from mimiclab.data.limits import MIN_BOX_SIDE
 from mimiclab.errors import UserError
 
 _NAMED_AT_MOST = 3
@@ -72,7 +73,11 @@ def read_coco(annotations: Path, images: Path) -> CocoDataset:
         UserError: A file or folder is missing, the file is not COCO's format, ids are not unique, or the
             file has no images or no categories.
     """
-    content = _load(annotations)
+    with without_collector():
+        return _read(annotations, images, load_json(annotations))
+
+
+def _read(annotations: Path, images: Path, content: dict[str, Any]) -> CocoDataset:
     category_names = _read_categories(annotations, content)
     category_ids = tuple(sorted(category_names))
     entries = _read_images(annotations, content)
@@ -184,7 +189,7 @@ def _read_annotations(
     image_of = {entry.id: position for position, entry in enumerate(entries)}
     label_of = {category_id: label for label, category_id in enumerate(category_ids)}
     ids, image_ids, images, labels, boxes, areas, crowds = [], [], [], [], [], [], []
-    for position, annotation in enumerate(_list(path, content, "annotations")):
+    for position, annotation in enumerate(list_of(path, content, "annotations")):
         where = f"annotations[{position}]"
         ids.append(_integer(path, annotation, "id", where))
         image_id = _integer(path, annotation, "image_id", where)
@@ -193,7 +198,7 @@ def _read_annotations(
         labels.append(label_of.get(_integer(path, annotation, "category_id", where), -1))
         boxes.append(_box(path, annotation, where))
         area = annotation.get("area")
-        areas.append(_float(area) if _is_number(area) else math.nan)
+        areas.append(float_of(area) if _is_number(area) else math.nan)
         crowds.append(bool(annotation.get("iscrowd", 0)))
     return _Raw(
         ids,
@@ -217,7 +222,7 @@ def _columns(entries: list[_Entry], names: npt.NDArray[Any], raw: _Raw) -> tuple
         # In float32, as it is stored: a sliver may not survive the rounding.
         stored = corners.astype(np.float32)
         sound = (raw.images >= 0) & (raw.labels >= 0) & np.isfinite(raw.boxes).all(1)
-        sound &= (raw.boxes[:, 2:] > 0).all(1) & (stored[:, 2:] > stored[:, :2]).all(1)
+        sound &= (raw.boxes[:, 2:] > 0).all(1) & (stored[:, 2:] - stored[:, :2] >= MIN_BOX_SIDE).all(1)
         clipped = (corners != np.concatenate([raw.boxes[:, :2], far], 1)).any(1)
         box_areas = (corners[:, 2:] - corners[:, :2]).prod(1)
         given = np.isfinite(raw.areas) & (raw.areas > 0)
@@ -242,32 +247,21 @@ def _columns(entries: list[_Entry], names: npt.NDArray[Any], raw: _Raw) -> tuple
 
 def _flaw(box: list[float], width: int, height: int) -> str:
     """Why a bbox (x, y, width, height) of a known image cannot be used."""
-    if not all(math.isfinite(_float(value)) for value in box):
+    if not all(math.isfinite(float_of(value)) for value in box):
         return f"bbox {box} holds a number that is not finite"
     if box[2] < 0 or box[3] < 0:
         return f"bbox {box} has a negative width or height"
     if box[2] == 0 or box[3] == 0:
         return f"bbox {box} has no area"
+    x, y, right, bottom = max(box[0], 0), max(box[1], 0), min(box[0] + box[2], width), min(box[1] + box[3], height)
+    if x < right and y < bottom:
+        return f"bbox {box} has no area: less than {MIN_BOX_SIDE} px of a side lie in the image, {width} x {height}"
     return f"bbox {box} lies outside of the image, which is {width} x {height}"
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such annotation file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read as an annotation file: {error.strerror}") from error
-    except ValueError as error:  # JSON's and Unicode's errors are both ValueErrors
-        raise UserError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not COCO's format: expected an object on top, found {_kind(content)}")
-    return content
 
 
 def _read_categories(path: Path, content: dict[str, Any]) -> dict[int, str]:
     names: dict[int, str] = {}
-    for position, category in enumerate(_list(path, content, "categories")):
+    for position, category in enumerate(list_of(path, content, "categories")):
         where = f"categories[{position}]"
         category_id = _integer(path, category, "id", where)
         name = _string(path, category, "name", where)
@@ -283,7 +277,7 @@ def _read_categories(path: Path, content: dict[str, Any]) -> dict[int, str]:
 
 def _read_images(path: Path, content: dict[str, Any]) -> list[_Entry]:
     entries: dict[int, _Entry] = {}
-    for position, image in enumerate(_list(path, content, "images")):
+    for position, image in enumerate(list_of(path, content, "images")):
         where = f"images[{position}]"
         entry = _Entry(
             id=_integer(path, image, "id", where),
@@ -315,23 +309,16 @@ def _find_images(annotations: Path, folder: Path, entries: list[_Entry]) -> None
 
 def _get(path: Path, item: Any, key: str, where: str) -> Any:
     if not isinstance(item, dict):
-        raise UserError(f"{path}: not COCO's format: {where} should be an object, found {_kind(item)}")
+        raise UserError(f"{path}: not COCO's format: {where} should be an object, found {kind_of(item)}")
     if key not in item:
         raise UserError(f"{path}: not COCO's format: {where} has no key {key!r}")
     return item[key]
 
 
-def _list(path: Path, content: dict[str, Any], key: str) -> list[Any]:
-    value = _get(path, content, key, "the file")
-    if not isinstance(value, list):
-        raise UserError(f"{path}: not COCO's format: {key} should be a list, found {_kind(value)}")
-    return value
-
-
 def _integer(path: Path, item: Any, key: str, where: str, least: int | None = None, most: int = _MAX_ID) -> int:
     value = _get(path, item, key, where)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise UserError(f"{path}: not COCO's format: {where}.{key} should be an integer, found {_kind(value)}")
+        raise UserError(f"{path}: not COCO's format: {where}.{key} should be an integer, found {kind_of(value)}")
     if least is not None and value < least:
         raise UserError(f"{path}: {where}.{key} should be {least} or more, found {value}")
     if abs(value) > most:
@@ -342,7 +329,7 @@ def _integer(path: Path, item: Any, key: str, where: str, least: int | None = No
 def _string(path: Path, item: Any, key: str, where: str) -> str:
     value = _get(path, item, key, where)
     if not isinstance(value, str) or not value:
-        raise UserError(f"{path}: not COCO's format: {where}.{key} should be a text, found {_kind(value)}")
+        raise UserError(f"{path}: not COCO's format: {where}.{key} should be a text, found {kind_of(value)}")
     return value
 
 
@@ -350,20 +337,8 @@ def _box(path: Path, item: Any, where: str) -> tuple[float, ...]:
     value = _get(path, item, "bbox", where)
     if not isinstance(value, list) or len(value) != 4 or not all(_is_number(number) for number in value):
         raise UserError(f"{path}: not COCO's format: {where}.bbox should be four numbers, found {value!r:.80}")
-    return tuple(map(_float, value))
-
-
-def _float(value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:  # JSON's integers have no bound
-        return math.inf
+    return tuple(map(float_of, value))
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
-    return names.get(type(value), f"{value!r:.80}")

@@ -118,8 +118,13 @@ def parse_box(where: str, expected: str, parse: Callable[[], Any]) -> tuple[str,
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file's name is like an image's; macOS writes `._name` beside files on other systems' disks."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("._")
+    """Whether a file's name is like an image's."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not is_sidecar(path)
+
+
+def is_sidecar(path: Path) -> bool:
+    """Whether it is what macOS writes beside a file on a disk that cannot hold its attributes: `._name`."""
+    return path.name.startswith("._")
 
 
 def find_images(folder: Path) -> Iterator[Path]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -14,15 +11,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 
 from mimiclab.data.findings import Finding, Kind
-from mimiclab.errors import UserError
-
-# Memory that parsing needs, in sizes of the file. Measured: 6.1 for COCO's polygons in two decimals, 6.8 without
-# polygons, 8.8 for polygons of integers without spaces and file names beyond ASCII; and something for the columns.
-_MEMORY_FACTOR = 10
-_GIB = 1 << 30
+from mimiclab.data.json_file import float_of, kind_of, list_of, load_json, without_collector
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +60,11 @@ def read_listing(path: Path) -> Listing:
         UserError: It cannot be read, parsing it would need more memory than there is, it is not JSON, or it has
             no lists `images`, `annotations` and `categories`.
     """
-    with _without_collector():
-        content = _load(path)
-        images, categories, annotations = (_list(path, content, key) for key in ("images", "categories", "annotations"))
+    with without_collector():
+        content = load_json(path)
+        images, categories, annotations = (
+            list_of(path, content, key) for key in ("images", "categories", "annotations")
+        )
         image, image_findings = _sound_columns(path, "images", images, _IMAGE_RULES)
         category, category_findings = _sound_columns(path, "categories", categories, _CATEGORY_RULES)
         annotation, annotation_findings = _sound_columns(path, "annotations", annotations, _ANNOTATION_RULES)
@@ -92,54 +85,6 @@ def read_listing(path: Path) -> Listing:
             iscrowd=np.array([bool(value) for value in annotation["iscrowd"]], dtype=np.bool_),
             findings=[*image_findings, *category_findings, *annotation_findings],
         )
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Keep Python's cycle collector out of parsing: it would go over all of the growing tree again and again.
-
-    With it, parsing takes 2 to 3 times as long. A tree of JSON has no cycles; it is freed as the last name goes.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        size, available = path.stat().st_size, psutil.virtual_memory().available
-        if size * _MEMORY_FACTOR > available:
-            raise UserError(
-                f"{path}: {_gib(size)} of annotations are too much for the memory: reading them takes about "
-                f"{_gib(size * _MEMORY_FACTOR)}, {_gib(available)} are available"
-            )
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such annotation file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read as an annotation file: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # JSON's and Unicode's errors are both ValueErrors
-        raise UserError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not COCO's format: expected an object on top, found {_kind(content)}")
-    return content
-
-
-def _gib(size: float) -> str:
-    return f"{size / _GIB:.3g} GiB"
-
-
-def _list(path: Path, content: dict[str, Any], key: str) -> list[Any]:
-    if key not in content:
-        raise UserError(f"{path}: not COCO's format: the file has no key {key!r}")
-    value = content[key]
-    if not isinstance(value, list):
-        raise UserError(f"{path}: not COCO's format: {key} should be a list, found {_kind(value)}")
-    return value
 
 
 @dataclass(frozen=True)
@@ -252,7 +197,7 @@ def _sound_columns(path: Path, name: str, entries: list[Any], rules: Sequence[_R
 
     no_objects = {position for position, entry in enumerate(entries) if type(entry) is not dict}
     for position in sorted(no_objects):
-        report(position, f"should be an object, found {_kind(entries[position])}")
+        report(position, f"should be an object, found {kind_of(entries[position])}")
     left_out = set(no_objects)
     objects = [{} if position in no_objects else entry for position, entry in enumerate(entries)]
     columns: _Columns = {}
@@ -264,7 +209,9 @@ def _sound_columns(path: Path, name: str, entries: list[Any], rules: Sequence[_R
             if rule.sound(value) or position in no_objects:
                 continue
             missing = rule.key not in objects[position]
-            report(position, "is missing" if missing else f"should be {rule.expected}, found {_kind(value)}", rule.key)
+            report(
+                position, "is missing" if missing else f"should be {rule.expected}, found {kind_of(value)}", rule.key
+            )
             if rule.needed:
                 left_out.add(position)
     if left_out:
@@ -279,15 +226,8 @@ def _boxes(boxes: list[list[float]]) -> npt.NDArray[np.float64]:
     try:
         flat = np.fromiter(chain.from_iterable(boxes), dtype=np.float64, count=4 * len(boxes))
     except OverflowError:  # an integer beyond float64
-        flat = np.array([_float(number) for number in chain.from_iterable(boxes)], dtype=np.float64)
+        flat = np.array([float_of(number) for number in chain.from_iterable(boxes)], dtype=np.float64)
     return flat.reshape(-1, 4)
-
-
-def _float(number: float) -> float:
-    try:
-        return float(number)
-    except OverflowError:
-        return math.inf if number > 0 else -math.inf
 
 
 def _size(value: Any) -> float:
@@ -296,8 +236,3 @@ def _size(value: Any) -> float:
 
 def _text(value: Any) -> str | None:
     return value if _is_name(value) else None
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", str: "a text", type(None): "null"}
-    return names.get(type(value), f"{value!r:.80}")

@@ -32,6 +32,7 @@ from mimiclab.errors import UserError
 
 CLASSES = ("disk", "square", "triangle", "star")
 _VERSION = 1  # raise it when anything that is drawn changes: it is part of the folder's name
+_MAX_SEED = 2**32 - 1  # as in an experiment file
 _SUPERSAMPLE = 4
 _MIN_VISIBLE = 0.4
 _TRIES = 20
@@ -99,6 +100,8 @@ def generate_scenes(root: Path, *, seed: int, num_train: int, num_val: int, size
     ):
         if value < least:
             raise UserError(f"scenes: {key} must be {least} or more, found {value}")
+    if seed > _MAX_SEED:
+        raise UserError(f"scenes: seed must be {_MAX_SEED} or less, found {seed}")
     parameters = {"version": _VERSION, "seed": seed, "num_train": num_train, "num_val": num_val, "size": size}
     folder = root / f"scenes-v{_VERSION}-seed{seed}-{num_train}x{num_val}-{size}px"
     paths = ScenesPaths(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from mimiclab.experiment import load_experiment
 from mimiclab.pictures import Panel, side_by_side
 from mimiclab.schema import DataConfig, Experiment, Split
 
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _SIDE = 320
 _GAP = 16
 _TITLE_LENGTH = 36
@@ -36,7 +37,7 @@ def view(
         images: Folder of images, with an annotation file only.
         num: How many samples.
         step: The global step (from 0) whose samples come first; those of the next steps follow.
-        output: Picture to write; its suffix is the format.
+        output: Picture to write, .png, .jpg or .webp; what is there is replaced when the new one is whole.
         overrides: `dotted.key=value` of an experiment.
 
     Returns:
@@ -46,20 +47,22 @@ def view(
         UserError: A path or an image cannot be read, or `output` cannot be written.
     """
     suffix = output.suffix.lower()
-    format = Image.registered_extensions().get(suffix)
-    if format not in Image.SAVE:
-        raise UserError(f"--output {output}: found the suffix {suffix!r}, expected that of a picture, as .png or .jpg")
-    if not output.absolute().parent.is_dir() or output.is_dir():
+    if suffix not in _FORMATS:
+        raise UserError(f"--output {output}: found the suffix {suffix!r}, expected one of {', '.join(_FORMATS)}")
+    # Path.is_dir raises for names that are too long.
+    if not os.path.isdir(output.absolute().parent) or os.path.isdir(output):  # noqa: PTH112
         raise UserError(f"--output {output}: cannot be written: expected a file in a folder that exists")
     dataset, experiment = _open(path, images, overrides)
     pairs = list(_pairs(dataset, training_batches(dataset, experiment), num, step))
-    # Written at once when it is whole: a mistake leaves no half of a picture.
-    picture = BytesIO()
-    contact_sheet(pairs).save(picture, format)
+    aside = output.with_name(f".view-{os.getpid()}{suffix}")
     try:
-        output.write_bytes(picture.getvalue())
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written: {error.strerror}") from error
+        contact_sheet(pairs).save(aside, _FORMATS[suffix])
+        aside.replace(output)
+    except (OSError, ValueError) as error:  # of formats, ValueError is for a sheet that is too large
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise UserError(f"--output {output}: cannot be written: {reason}") from error
+    finally:
+        aside.unlink(missing_ok=True)
     return dataset
 
 

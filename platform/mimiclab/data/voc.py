@@ -19,6 +19,7 @@ from mimiclab.data.foreign import (
     Size,
     Split,
     find_images,
+    is_sidecar,
     load_globox,
     parse_box,
     read_classes,
@@ -33,8 +34,9 @@ ANNOTATIONS, IMAGES, LISTS = "Annotations", "JPEGImages", Path("ImageSets", "Mai
 class VocFolder:
     """A data set of VOC's format.
 
-    Every list is a split; `trainval` is left out where `train` or `val` is there, and so are the lists of
-    single classes. Without lists all images are one split. An image belongs to the XML file of its own name.
+    Every list is a split; `trainval` is left out where both `train` and `val` are there, and so are the lists of
+    single classes. Without lists all images are one split. An image belongs to the XML file of its own name;
+    images and XML files of no split are left out, and remarked on.
 
     Args:
         source: The folder that has `Annotations`.
@@ -70,9 +72,10 @@ class VocFolder:
         lists = self._lists(source / LISTS)
         if lists:
             self.splits = tuple(self._listed(file, names, folder, paths) for file, names in lists.items())
+            self._remark_on_unlisted(paths)
         else:
-            for file in sorted(self._annotations.rglob("*.xml")):
-                if file.relative_to(self._annotations).with_suffix("").as_posix() not in paths:
+            for name, file in self._files().items():
+                if name not in paths:
                     raise UserError(f"{file}: its image is missing, expected {file.stem} in {folder}")
             self.splits = (Split("all", folder, tuple(self._item(name, path) for name, path in paths.items())),)
 
@@ -112,6 +115,8 @@ class VocFolder:
         """The lists that are splits, as (line, image name)."""
         lists = {}
         for file in sorted(folder.glob("*.txt")):
+            if is_sidecar(file):
+                continue
             lines = [(number, line.strip()) for number, line in enumerate(read_text(file).splitlines(), 1)]
             lines = [(number, line) for number, line in lines if line]
             if not lines:
@@ -120,7 +125,9 @@ class VocFolder:
             if not all(len(line.split()) == 2 and line.split()[1] in ("-1", "0", "1") for _, line in lines):
                 lists[file] = lines
         names = {file.stem for file in lists}
-        return {file: lines for file, lines in lists.items() if file.stem != "trainval" or not names & {"train", "val"}}
+        return {
+            file: lines for file, lines in lists.items() if file.stem != "trainval" or not names >= {"train", "val"}
+        }
 
     def _listed(self, file: Path, names: list[tuple[int, str]], folder: Path, paths: dict[str, Path]) -> Split:
         items = []
@@ -129,6 +136,20 @@ class VocFolder:
                 raise UserError(f"{file}:{line}: there is no image {name!r} in {folder}")
             items.append(self._item(name, paths[name]))
         return Split(file.stem, folder, tuple(items))
+
+    def _remark_on_unlisted(self, paths: dict[str, Path]) -> None:
+        listed = {item.image for split in self.splits for item in split.items}
+        for path in paths.values():
+            if path not in listed:
+                self._remarks.add("images are in no list and were left out", path)
+        for name, file in self._files().items():
+            if paths.get(name) not in listed:
+                self._remarks.add("XML files are of no listed image and were left out", file)
+
+    def _files(self) -> dict[str, Path]:
+        """All XML files by the name of their image."""
+        files = (file for file in sorted(self._annotations.rglob("*.xml")) if not is_sidecar(file))
+        return {file.relative_to(self._annotations).with_suffix("").as_posix(): file for file in files}
 
     def _item(self, name: str, image: Path) -> Item:
         labels = self._annotations / f"{name}.xml"

@@ -7,6 +7,7 @@ Format: Ultralytics' documentation of detection data sets. The label file of `im
 from __future__ import annotations
 
 import os
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mimiclab.data.foreign import (
     Split,
     find_images,
     is_image,
+    is_sidecar,
     load_globox,
     parse_box,
     read_classes,
@@ -35,7 +37,8 @@ _NAMES = {"valid": "val", "validation": "val"}
 class YoloFolder:
     """A data set of YOLO's format.
 
-    Splits are those of `data.yaml`; else the folders in `images`; else all images are one split.
+    Splits are those of `data.yaml`, as folders or as lists of image files; else the folders in `images`; else all
+    images are one split. A `test` of `data.yaml` that is not there is left out, and remarked on.
 
     Args:
         source: The folder with `data.yaml` or `classes.txt`.
@@ -54,6 +57,7 @@ class YoloFolder:
         self._source = source
         self._images = images.absolute() if images else None
         self._remarks = remarks
+        self._lists: set[Path] = set()
         config = next((source / name for name in CONFIGS if (source / name).is_file()), None)
         content = read_yaml(config) if config else {}
         if "kpt_shape" in content:
@@ -61,10 +65,10 @@ class YoloFolder:
         self._classes_file = classes.absolute() if classes else config or source / CLASSES
         self.classes = read_classes(self._classes_file)
         if config and images is None and any(content.get(key) for key in _KEYS):
-            folders = {key: _configured(config, content, key) for key in _KEYS if content.get(key)}
+            places = {key: self._configured(config, content, key) for key in _KEYS if content.get(key)}
         else:
-            folders = {name: [folder] for name, folder in self._split_folders().items()}
-        self.splits = tuple(self._split(name, found) for name, found in folders.items())
+            places = {name: [folder] for name, folder in self._split_folders().items()}
+        self.splits = tuple(self._split(name, found) for name, found in places.items() if found)
         self._check_orphans()
 
     def boxes(self, labels: Path, size: Size) -> list[Box]:
@@ -88,6 +92,8 @@ class YoloFolder:
             else:
                 raise UserError(f"{where}: expected {expected}, found {len(fields)} values")
             label, corners = parse_box(where, expected, partial(parse, row, image_size=size))
+            # Some tools write all numbers as floats.
+            label = re.sub(r"\.0*$", "", label)
             if not label.isdecimal() or int(label) >= len(self.classes):
                 last = len(self.classes) - 1
                 raise UserError(f"{where}: expected a class id of {self._classes_file}, 0 to {last}, found {label!r}")
@@ -110,10 +116,56 @@ class YoloFolder:
             raise UserError(f"{loose}: lies beside the folders {', '.join(folders)}, expected it in one of them")
         return folders or {"all": base}
 
-    def _split(self, name: str, folders: list[Path]) -> Split:
-        images = [path for folder in folders for path in find_images(folder)]
+    def _configured(self, config: Path, content: dict[str, Any], key: str) -> list[Path]:
+        """The places of a split, as data.yaml has them: below its `path`, or below its own folder."""
+        value = content[key]
+        found = []
+        for name in value if isinstance(value, list) else [value]:
+            if not isinstance(name, str):
+                raise UserError(f"{config}: {key}: expected a folder, found {name!r:.80}")
+            here = config.parent
+            # Roboflow writes "../train/images" for a folder that is beside the file.
+            places = [here / str(content.get("path") or "") / name, here / name, here / name.removeprefix("../")]
+            place = next((path for path in places if path.is_dir() or (path.is_file() and path.suffix == ".txt")), None)
+            if place is not None:
+                found.append(place)
+            elif key == "test":  # templates name it, whether it was made or not
+                self._remarks.add(f"places of {key} in {config} are not there and were left out", places[0])
+            else:
+                tried = ", ".join(dict.fromkeys(map(str, places)))
+                raise UserError(
+                    f"{config}: {key}: expected a folder of images or a .txt file of their paths, found none at {tried}"
+                )
+        return found
+
+    def _listed(self, file: Path) -> list[Path]:
+        """The images of a list: their paths are absolute, or start at the list or at the data set."""
+        images = []
+        for number, line in enumerate(read_text(file).splitlines(), 1):
+            name = line.strip()
+            if not name:
+                continue
+            places = [Path(os.path.abspath(base / name)) for base in (file.parent, self._source)]  # noqa: PTH100
+            image = next((path for path in places if path.is_file()), None)
+            if image is None:
+                raise UserError(f"{file}:{number}: there is no image {name!r} in {file.parent} or {self._source}")
+            images.append(image)
+        return images
+
+    def _split(self, name: str, places: list[Path]) -> Split:
+        images: list[Path] = []
+        folders = []
+        for place in places:
+            if place.is_file():
+                self._lists.add(place)
+                found = self._listed(place)
+                folders += [path.parent for path in found]
+            else:
+                found = list(find_images(place))
+                folders.append(place)
+            images += found
         if not images:
-            raise UserError(f"{', '.join(map(str, folders))}: no images, expected those of {name}")
+            raise UserError(f"{', '.join(map(str, places))}: no images, expected those of {name}")
         items = tuple(
             Item(path, labels if labels.is_file() else None) for path in images for labels in [self._file(path)]
         )
@@ -133,9 +185,16 @@ class YoloFolder:
 
     def _check_orphans(self) -> None:
         expected = {self._file(item.image) for split in self.splits for item in split.items}
+        known = expected | self._lists
         for folder in sorted({path.parent for path in expected}):
             for path in sorted(folder.glob("*.txt")):
-                if path not in expected and path.name != CLASSES and path != self._classes_file:
+                if path in known or path.name == CLASSES or path == self._classes_file or is_sidecar(path):
+                    continue
+                if not _has_rows(path):
+                    self._remarks.add("text files hold no boxes and were left alone", path)
+                elif self._lists:
+                    self._remarks.add("label files are of no listed image and were left out", path)
+                else:
                     raise UserError(f"{path}: its image is missing, expected {path.stem} with one of the usual endings")
 
 
@@ -147,19 +206,18 @@ def _is_share(text: str) -> bool:
         return False
 
 
-def _configured(config: Path, content: dict[str, Any], key: str) -> list[Path]:
-    """The folders of a split, as data.yaml has them: below its `path`, or below its own folder."""
-    value = content[key]
-    folders = []
-    for name in value if isinstance(value, list) else [value]:
-        if not isinstance(name, str):
-            raise UserError(f"{config}: {key}: expected a folder, found {name!r:.80}")
-        here = config.parent
-        # Roboflow writes "../train/images" for a folder that is beside the file.
-        places = [here / str(content.get("path") or "") / name, here / name, here / name.removeprefix("../")]
-        found = next((path for path in places if path.is_dir()), None)
-        if found is None:
-            tried = ", ".join(dict.fromkeys(map(str, places)))
-            raise UserError(f"{config}: {key}: expected a folder of images, found none at {tried}")
-        folders.append(found)
-    return folders
+def _has_rows(path: Path) -> bool:
+    """Whether a text file may be of boxes: it is empty, or a line of it starts with five numbers."""
+    try:
+        rows = [line.split() for line in read_text(path).splitlines() if line.strip()]
+    except UserError:
+        return False
+    return not rows or any(len(row) >= 5 and all(map(_is_number, row[:5])) for row in rows)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
