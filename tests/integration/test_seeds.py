@@ -35,7 +35,7 @@ def test_two_seeds_are_two_runs_under_a_parent_with_their_mean(tmp_path: Path) -
     lines = train_two(tmp_path)
 
     names = ["tiny-seed-3", "tiny-seed-4"]
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [".data", *names]
     children = [runs.find(name, str(tmp_path / "runs")) for name in names]
     ends = [checkpoint.latest(run.checkpoints, warn=pytest.fail) for run in children]
     first, second = (end.weights() for end in ends if end is not None)

@@ -32,13 +32,10 @@ from mimiclab.errors import UserError
 from mimiclab.experiment import differences, identity, load_experiment
 from mimiclab.schema import DataConfig, Split
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NUM_IMAGES = 17
 SHORT, LONG = 32, 48
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

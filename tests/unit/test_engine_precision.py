@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +12,8 @@ from mimicdet.config import AnchorConfig, BackboneConfig, PyramidConfig, Student
 from mimiclab.engine import Batch, Engine, NonFiniteLossError
 from mimiclab.optim import OptimConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = ModelConfig(
     backbone=BackboneConfig(name="resnet18", width=16),
     pyramid=PyramidConfig(channels=16, max_level=5),
@@ -20,15 +21,6 @@ TINY = ModelConfig(
     student=StudentConfig(head_width=32, offset_channels=(8, 8), offsets="analytic_learned"),
     teacher=TeacherConfig(num_rois=16, num_convs=1),
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    # On a busy machine, threads that wait for each other over tiny tensors take fifty times as long.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def engine(precision: str) -> Engine:

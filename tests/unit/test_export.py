@@ -18,7 +18,7 @@ from mimiclab.export import check, difference, export, read_metadata
 from mimiclab.predict import load_detector
 from mimiclab.runs import Run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 EXPERIMENT = """
 name: tiny
@@ -33,14 +33,6 @@ model:
   inference: {topk: 50, score_threshold: 0.3}
 """
 CLASSES = ("disk", "großer stern")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_run(root: Path, *overrides: str) -> Run:

@@ -1,6 +1,5 @@
 """The detector learns: a few images by heart, both heads together, the student closer to the teacher by mimicking."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -25,9 +24,9 @@ from mimiclab.evaluate import evaluate
 from mimiclab.optim import OptimConfig
 from mimiclab.schema import DataConfig, EvalConfig, Resize, Scenes
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-SIZE, NUM_IMAGES, NUM_STEPS = 96, 4, 400
+SIZE, NUM_IMAGES, NUM_STEPS = 96, 4, 500
 SHORT = 100  # steps after which mimicking is compared with its control
 
 
@@ -44,15 +43,6 @@ class History:
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
     paths = generate_scenes(tmp_path_factory.mktemp("scenes"), seed=3, num_train=NUM_IMAGES, num_val=1, size=SIZE)
     return read_coco(paths.train_annotations, paths.train_images)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    # On a busy machine, threads that wait for each other over tiny tensors take fifty times as long.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def learn(dataset: CocoDataset, mimic: MimicConfig, until: int, evaluated: tuple[int, ...]) -> History:
@@ -73,7 +63,7 @@ def learn(dataset: CocoDataset, mimic: MimicConfig, until: int, evaluated: tuple
         global_batch=NUM_IMAGES,
         epochs=NUM_STEPS,
         schedule="step",
-        milestones=(320,),
+        milestones=(400,),
         warmup_steps=10,
     )
     engine = Engine(detector, optim, num_steps=NUM_STEPS, steps_per_epoch=1)

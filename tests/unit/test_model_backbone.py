@@ -1,6 +1,5 @@
 """Stages C2..C5 of the classification networks."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,21 +12,14 @@ from torchvision.ops import FrozenBatchNorm2d
 from mimicdet.backbone import Backbone, group_norm
 from mimicdet.config import BackboneConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CHANNELS = {
     ("resnet18", 64): (64, 128, 256, 512),
     ("resnet18", 16): (16, 32, 64, 128),
     ("resnet50", 64): (256, 512, 1024, 2048),
     ("mobilenet_v2", 64): (24, 32, 96, 320),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    # On a busy machine, threads that wait for each other over tiny tensors take fifty times as long.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

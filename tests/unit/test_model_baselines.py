@@ -2,7 +2,6 @@
 
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,8 @@ from mimiclab.schema import DataConfig, EvalConfig, Resize, Scenes
 from mimiclab.tables import heads_table
 from mimiclab.worker import validation_pictures
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = ("retinanet", "fcos", "faster_rcnn")
 NUM_CLASSES = 3
 TINY = ModelConfig(
@@ -49,15 +50,6 @@ TINY = ModelConfig(
 # As in the papers: five levels of 256 channels, 32 pixels at P3.
 PUBLISHED = replace(TINY, pyramid=PyramidConfig(), anchors=AnchorConfig(scale=4))
 LIMITS = {"score_thresh": 0.004, "nms_thresh": 0.7, "detections_per_img": 40}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    # On a busy machine, threads that wait for each other over tiny tensors take fifty times as long.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def baseline(kind: Any, config: ModelConfig = TINY, **sections: Any) -> Baseline:

@@ -1,7 +1,6 @@
 """The detector as a caller sees it: conventions, and detections against loops."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +21,8 @@ from mimicdet.config import (
 from mimicdet.interface import Detections
 from mimicdet.student import Features
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NUM_CLASSES = 3
 TINY = ModelConfig(
     backbone=BackboneConfig(name="resnet18", width=8),
@@ -31,15 +32,6 @@ TINY = ModelConfig(
     teacher=TeacherConfig(num_rois=10, num_convs=1, pooled_size=3),
     inference=InferenceConfig(topk=30, score_threshold=0.2),
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    # On a busy machine, threads that wait for each other over tiny tensors take fifty times as long.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def detector(**sections: Any) -> MimicDet:

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,21 +27,12 @@ from mimicdet.config import (
 from mimicdet.export import METADATA_FILE, MIN_EXPORTED_SIDE, Deployed, export_onnx, export_torch
 from mimicdet.interface import Detections
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 NUM_CLASSES = 3
 LIMIT = 100
 METADATA = {"classes": json.dumps(["a", "b", "ü"]), "run": "x"}
 Run = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(before)
 
 
 def detector(

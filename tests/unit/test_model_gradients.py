@@ -1,6 +1,6 @@
 """The detector in fp64: analytic gradients against central differences of the losses."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,8 @@ from mimicdet.config import (
     TeacherConfig,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NUM_CLASSES = 3
 TINY = ModelConfig(
     backbone=BackboneConfig(name="resnet18", width=8),
@@ -33,15 +35,6 @@ SIGMOID_FOCAL: dict[str, Any] = {
 OPTIONS = pytest.mark.parametrize("sections", [{}, SIGMOID_FOCAL], ids=["default", "sigmoid and focal"])
 EPS = 1e-6
 PER_PART = 5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    # On a busy machine, threads that wait for each other over tiny tensors take fifty times as long.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def detector(**sections: Any) -> MimicDet:

@@ -1,6 +1,6 @@
 """What a detector refuses, by message, and what it takes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +18,8 @@ from mimicdet.config import (
 )
 from mimicdet.inputs import check_images, check_targets
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NUM_CLASSES = 3
 TINY = ModelConfig(
     backbone=BackboneConfig(name="resnet18", width=8),
@@ -29,15 +31,6 @@ TINY = ModelConfig(
 )
 HEIGHT, WIDTH = 40, 64
 META = torch.device("meta")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    # On a busy machine, threads that wait for each other over tiny tensors take fifty times as long.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The detector's losses against loops over boxes, and which weights they move."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,8 @@ from mimicdet.config import (
 from mimicdet.interface import LossTerms
 from mimicdet.sampling import REFINEMENT, STUDENT, TEACHER, priority
 from mimicdet.student import HeadOutput
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Box = list[float]
 
@@ -73,15 +75,6 @@ OTHER: dict[str, Any] = {
         before_relu=True,
     ),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    # On a busy machine, threads that wait for each other over tiny tensors take fifty times as long.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def detector(config: ModelConfig = TINY, **sections: Any) -> MimicDet:

@@ -3,7 +3,7 @@
 Nothing is computed: on the meta device tensors have shapes and no values, and multiplications are counted.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +20,8 @@ from mimicdet.shared import Shared
 from mimicdet.student import HeadOutput
 from mimiclab.experiment import differences, load_experiment
 from mimiclab.schema import Experiment
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 T = TypeVar("T")
 
@@ -68,15 +70,6 @@ LEVELS = {2: (200, 336), 3: (100, 168), 4: (50, 84), 5: (25, 42), 6: (13, 21), 7
 
 def path_of(recipe: str) -> Path:
     return COCO / ("" if recipe in SCHEDULES else "ablations") / f"{recipe}.yaml"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    # On a busy machine, threads that wait for each other take far longer.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @cache
