@@ -29,14 +29,17 @@ demo: $(READY) ## generate scenes, train on them on two workers, show the result
 ui: $(READY) ## MLflow's pages of the runs made here
 	$(BIN)/mimiclab ui
 
+# Two processes: in one that is connected to Ray, arrow talks to S3 otherwise.
 test: $(READY) ## all tests but those that take minutes each
-	$(BIN)/pytest -m "not long"
+	$(BIN)/pytest -m "not long" tests/unit
+	$(BIN)/pytest -m "not long" tests/integration
 
 test-fast: $(READY) ## tests that need neither a cluster nor a server, and no patience
 	$(BIN)/pytest -m "not cluster and not server and not slow and not long"
 
 test-all: $(READY) ## every test
-	$(BIN)/pytest
+	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/integration
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,13 @@ from mimicdet.export import METADATA_FILE, MIN_EXPORTED_SIDE, Deployed, export_o
 from mimicdet.interface import Detections
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
 
 NUM_CLASSES = 3
 LIMIT = 100
