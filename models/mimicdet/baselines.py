@@ -64,24 +64,6 @@ class Baseline(Detector):
         self.inputs = _Inputs()
         self.net.transform = self.inputs
 
-    def forward(
-        self,
-        images: Sequence[Tensor],
-        targets: Targets | None = None,
-        *,
-        pad_to: tuple[int, int] | None = None,
-    ) -> dict[str, Tensor] | list[Detections]:
-        """Training mode: losses by name, (N,) each. Evaluation mode: detections. Arguments as MimicDet's.
-
-        Raises:
-            ValueError: images, targets or `pad_to` are not what they have to be.
-        """
-        if not self.training:
-            return self.detect(images, pad_to=pad_to)
-        if targets is None:
-            raise ValueError("training needs targets, found None")
-        return self.loss_terms(images, targets, pad_to=pad_to).losses
-
     def loss_terms(
         self, images: Sequence[Tensor], targets: Targets, *, pad_to: tuple[int, int] | None = None
     ) -> LossTerms:

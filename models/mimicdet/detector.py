@@ -68,29 +68,6 @@ class MimicDet(Detector):
         self.register_buffer("std", torch.tensor(IMAGE_STD)[:, None, None], persistent=False)
         self._step: int | None = None
 
-    def forward(
-        self,
-        images: Sequence[Tensor],
-        targets: Targets | None = None,
-        *,
-        pad_to: tuple[int, int] | None = None,
-    ) -> dict[str, Tensor] | list[Detections]:
-        """Training mode: losses by name, (N,) each. Evaluation mode: the student's detections.
-
-        Args:
-            images: N tensors (3, H, W).
-            targets: N dicts; needed in training.
-            pad_to: (H, W) that the batch is padded to; by default the largest sides, rounded up.
-
-        Raises:
-            ValueError: images or targets that mean nothing, see `inputs`, or `pad_to` smaller than an image.
-        """
-        if not self.training:
-            return self.detect(images, pad_to=pad_to)
-        if targets is None:
-            raise ValueError("training needs targets, found None")
-        return self.loss_terms(images, targets, pad_to=pad_to).losses
-
     # ---- training ----
 
     def at_step(self, step: int) -> None:

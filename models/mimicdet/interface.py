@@ -42,11 +42,38 @@ class Detector(nn.Module):
     class_layers: ClassVar[tuple[str, ...]] = ()
     backbone_report: LoadReport | None = None
 
+    def forward(
+        self,
+        images: Sequence[Tensor],
+        targets: Targets | None = None,
+        *,
+        pad_to: tuple[int, int] | None = None,
+    ) -> dict[str, Tensor] | list[Detections]:
+        """Training mode: losses by name, (N,) each. Evaluation mode: detections of the deployed head.
+
+        Args:
+            images: N tensors (3, H, W).
+            targets: N dicts; needed in training.
+            pad_to: (H, W) that the batch is padded to; by default the largest sides, rounded up.
+
+        Raises:
+            ValueError: images or targets that mean nothing, see `inputs`, or `pad_to` smaller than an image.
+        """
+        if not self.training:
+            return self.detect(images, pad_to=pad_to)
+        if targets is None:
+            raise ValueError("training needs targets, found None")
+        return self.loss_terms(images, targets, pad_to=pad_to).losses
+
     @abstractmethod
     def loss_terms(
         self, images: Sequence[Tensor], targets: Targets, *, pad_to: tuple[int, int] | None = None
     ) -> LossTerms:
         """Losses and metrics of every image; images are (3, H, W), padded to `pad_to` = (H, W)."""
+
+    @abstractmethod
+    def detect(self, images: Sequence[Tensor], *, pad_to: tuple[int, int] | None = None) -> list[Detections]:
+        """Detections of the deployed head."""
 
     def at_step(self, step: int) -> None:
         """Hear which training step comes next, from 0; for what changes over the steps."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mimiclab.data.augment import Augmentation, Plan, carry_out
 from mimiclab.data.coco import CocoDataset
 from mimiclab.data.columns import ImageRecord
 from mimiclab.data.images import check_size, decode
-from mimiclab.data.order import Order, rank_slice, sample_key, training_order
+from mimiclab.data.order import Order, Slot, rank_slice, sample_key, training_order
 from mimiclab.data.transforms import padded_size, resize, resized_size
 from mimiclab.engine import Batch
 from mimiclab.errors import UserError
@@ -91,10 +92,14 @@ class TrainBatches(Dataset[Batch]):
 
     def plans(self, step: int) -> list[Plan]:
         """What the whole global batch of `step` is made of, in order; no image is read for it."""
-        return [self.augmentation.plan(self.order, slot, self._stored_size) for slot in self.order.slots(step)]
+        return self._plans(self.order.slots(step))
+
+    def _plans(self, slots: Sequence[Slot]) -> list[Plan]:
+        return [self.augmentation.plan(self.order, slot, self._stored_size) for slot in slots]
 
     def __getitem__(self, step: int) -> Batch:
-        slots, plans = self.order.slots(step), self.plans(step)
+        slots = self.order.slots(step)
+        plans = self._plans(slots)
         images, targets, image_ids = [], [], []
         mine = rank_slice(self.order.global_batch, self.rank, self.world)
         for slot, plan in zip(slots[mine], plans[mine], strict=True):
