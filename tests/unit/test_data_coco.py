@@ -1,5 +1,6 @@
 """Reading annotation files: what is kept, what is reported, what is refused."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,6 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mimiclab.data.coco import CocoDataset, coco_ground_truth, content_hash, read_coco
+from mimiclab.data.json_file import parse_json
 from mimiclab.errors import UserError
 
 DATA = Path(os.environ.get("MIMICLAB_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -144,6 +147,17 @@ def test_a_missing_file_and_a_missing_folder_are_named(tmp_path: Path) -> None:
         read_coco(tmp_path / "instances.json", tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(("part", "key"), [("images", "file_name"), ("categories", "name")])
+def test_a_name_that_is_not_unicode_is_refused(tmp_path: Path, part: str, key: str) -> None:
+    """As Python writes a file's name that is in another encoding; such a file can be there."""
+    value = content(annotation([1, 1, 2, 2]))
+    value[part][1][key] = "caf\udce9.png"
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "caf\udce9.png").touch()
+    with pytest.raises(UserError, match=rf"{part}\[1\]\.{key} should be whole characters, found 'caf\\udce9\.png'"):
+        read(tmp_path, value)
+
+
 def test_missing_images_are_counted_and_the_first_few_named(tmp_path: Path) -> None:
     value = content()
     value["images"] += [{"id": 10 + i, "file_name": f"gone{i}.png", "width": 4, "height": 4} for i in range(5)]
@@ -151,13 +165,40 @@ def test_missing_images_are_counted_and_the_first_few_named(tmp_path: Path) -> N
         read(tmp_path, value)
 
 
-def test_content_hash_follows_the_file(tmp_path: Path) -> None:
+def test_content_hash_is_of_the_file_that_was_read(tmp_path: Path) -> None:
     dataset = read(tmp_path, content())
-    before = content_hash(dataset)
-    assert len(before) == 64
+    before = hashlib.sha256(dataset.annotations.read_bytes()).hexdigest()
+    changed = read(tmp_path, content(annotation([1, 1, 2, 2])))
+    assert changed.annotations == dataset.annotations
     assert content_hash(dataset) == before
-    dataset.annotations.write_text(json.dumps(content(annotation([1, 1, 2, 2]))))
-    assert content_hash(dataset) != before
+    assert content_hash(changed) == hashlib.sha256(dataset.annotations.read_bytes()).hexdigest() != before
+
+
+def test_of_the_tree_only_what_the_format_needs_is_kept(tmp_path: Path) -> None:
+    value = content(annotation([1, 1, 2, 2], segmentation=[[1.5, 2, 3, 4]], iscrowd=0, area=4))
+    encoded = json.dumps({**value, "info": {"year": 2017}}).encode()
+    del value["annotations"][0]["segmentation"]
+    assert parse_json(tmp_path, encoded) == value
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("[1.5]", "[NaN]"),
+        ("[1.5]", "[1e999]"),
+        ('"note"', r'"half \ud83d"'),
+        ("{", "\ufeff{"),
+    ],
+)
+def test_json_that_only_the_standard_module_takes_is_read_like_the_rest(
+    tmp_path: Path, before: str, after: str
+) -> None:
+    text = json.dumps(content(annotation([1, 1, 2, 2], segmentation=[[1.5]], note="note")))
+    assert before in text
+    other = text.replace(before, after, 1)
+    with pytest.raises(msgspec.DecodeError):
+        msgspec.json.decode(other)
+    assert read(tmp_path, other).columns.digest() == read(tmp_path, text).columns.digest()
 
 
 def test_perfect_detections_score_one_against_the_ground_truth(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Batches are a function of the step: not of the workers, the loader, or what came before."""
 
+import gc
 import hashlib
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from mimiclab.data.coco import CocoDataset, read_coco
-from mimiclab.data.dataset import EvalBatches, TrainBatches, read_image, scale_boxes, training_batches
+from mimiclab.data.dataset import EvalBatches, TrainBatches, check_images, read_image, scale_boxes, training_batches
 from mimiclab.data.order import Order, rank_slice, sample_key
 from mimiclab.data.transforms import draw_short, padded_size, resized_size
 from mimiclab.engine import Batch
@@ -335,3 +337,32 @@ def test_an_image_of_another_size_than_annotated_is_named(dataset: CocoDataset, 
 def test_an_order_of_another_data_set_is_refused(dataset: CocoDataset) -> None:
     with pytest.raises(ValueError, match="the order is of 3 images, the data set has 7"):
         TrainBatches(dataset, Order(3, 2, seed=0), short=48, long=64, flip=0.5, rank=0, world=1)
+
+
+def test_checking_images_keeps_none_of_them(dataset: CocoDataset) -> None:
+    class Watched:
+        """The first image comes last, and sees what is left of the others."""
+
+        others = 0
+        kept = -1
+
+        def read(self, position: int) -> bytes:
+            if position:
+                self.others += 1
+            else:
+                deadline = time.monotonic() + 10
+                while self.others < len(SIZES) - 1 and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                time.sleep(0.2)
+                sizes = {(3, height, width) for width, height in SIZES}
+                self.kept = sum(type(each) is torch.Tensor and tuple(each.shape) in sizes for each in gc.get_objects())
+            return dataset.source.read(position)
+
+        def where(self, position: int) -> str:
+            return dataset.source.where(position)
+
+    gc.collect()
+    watched = Watched()
+    check_images(replace(dataset, source=watched))
+    assert watched.others == len(SIZES) - 1
+    assert watched.kept == 0

@@ -5,7 +5,10 @@ import itertools
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,8 @@ from mimiclab.data.manifest import INDEX, MANIFEST, Manifest, read_manifest
 from mimiclab.data.pack import make_shard, pack, shard_bounds
 from mimiclab.data.parallel import bounded, in_threads
 from mimiclab.data.shards import read_packed
-from mimiclab.data.storage import Storage
 from mimiclab.errors import UserError
+from mimiclab.storage import Storage
 
 NUM_IMAGES = 23
 
@@ -181,7 +184,8 @@ def test_an_interrupted_packing_goes_on(files: Path) -> None:
     (target / "shard-00000.json").unlink()
     half = target / "shard-00001.parquet"
     half.write_bytes(half.read_bytes()[:1000])
-    (target / ".shard-00003.parquet-99").write_bytes(b"half")
+    for name in ("shard-00003.parquet", INDEX, MANIFEST):
+        (target / f".{name}-99").write_bytes(b"half")
     log.clear()
     pack(read(files), str(target), run=made(make_shard, log))
     assert log == [0, 1, 3, 4]
@@ -284,6 +288,73 @@ def test_broken_images_are_left_out_on_request_and_said(files: Path, capsys: pyt
         np.testing.assert_array_equal(record.boxes, original.boxes)
 
 
+def test_a_set_that_left_images_out_is_finished_only_for_who_asks_for_that(files: Path) -> None:
+    path, target = files / "15.png", str(files.parent / "set")
+    sound = path.read_bytes()
+    path.write_bytes(b"no image")
+    manifest = pack(read(files), target, run=in_threads(1), skip_broken=True)
+    assert pack(read(files), target, run=in_threads(1), skip_broken=True) == manifest
+    with pytest.raises(UserError, match=r"15\.png: cannot be read as an image"):
+        pack(read(files), target, run=in_threads(1))
+    path.write_bytes(sound)
+    with pytest.raises(UserError, match="another data set was packed here, of 22 images"):
+        pack(read(files), target, run=in_threads(1), skip_broken=True)
+
+
+def test_annotations_that_change_while_they_are_packed_are_another_set(files: Path) -> None:
+    dataset, path = read(files), files / "instances.json"
+    before = path.read_bytes()
+    value = json.loads(before)
+    value["annotations"][0]["bbox"] = [1, 1, 2, 2]
+
+    def run(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        path.write_text(json.dumps(value))
+        yield from map(function, items)
+
+    manifest = pack(dataset, str(files.parent / "set"), run=run)
+    assert manifest.annotations_sha256 == hashlib.sha256(before).hexdigest()
+    with pytest.raises(UserError, match="another data set was packed here"):
+        packed(files, "set")
+
+
+def test_those_who_pack_into_one_folder_at_once_all_get_the_set(files: Path) -> None:
+    alone, dataset, target = packed(files, "alone"), read(files), files.parent / "together"
+    barrier, runs = threading.Barrier(4), []
+
+    def run(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        runs.append(threading.get_ident())
+        with suppress(threading.BrokenBarrierError):
+            barrier.wait(0.5)
+        yield from map(function, items)
+
+    with ThreadPoolExecutor(4) as pool:
+        manifests = list(pool.map(lambda _: pack(dataset, str(target), run=run), range(4)))
+    assert len(runs) == 1
+    assert manifests == [read_manifest(Storage(str(target)))] * 4
+    assert contents(target) == alone
+
+
+def test_a_note_that_another_process_removes_is_none(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a store nobody waits for the other: who is done first removes all notes."""
+    alone, target = packed(files, "alone"), files.parent / "set"
+
+    class Late(Storage):
+        def sizes(self) -> dict[str, int | None]:
+            return {**super().sizes(), "shard-00002.json": 9}
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(read(files), str(target), run=made(make_shard, [], stop_after=3))
+    (target / "shard-00002.json").unlink()
+    monkeypatch.setattr(pack_module, "Storage", Late)
+    pack(read(files), str(target), run=in_threads(1))
+    assert contents(target) == alone
+
+
+def test_a_destination_that_is_a_file_is_named(files: Path) -> None:
+    with pytest.raises(UserError, match=r"instances\.json: cannot be written: File exists"):
+        pack(read(files), str(files / "instances.json"), run=in_threads(1))
+
+
 def test_a_set_without_a_sound_image_is_refused(files: Path) -> None:
     for path in (*files.glob("*.png"), *files.glob("sub/*.jpg")):
         path.write_bytes(b"")
@@ -320,8 +391,6 @@ def test_shards_are_bounded_in_images_and_bytes(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_only_so_many_shards_are_under_way_at_a_time() -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     submitted, finished = [], []
     with ThreadPoolExecutor(3) as pool:
 

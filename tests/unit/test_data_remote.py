@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 
 from mimicdet import ModelConfig
 from mimicdet.config import AnchorConfig, BackboneConfig, PyramidConfig, StudentConfig, TeacherConfig
+from mimiclab import storage as storage_module
 from mimiclab.build import build_detector
 from mimiclab.cli import main
 from mimiclab.data import pack as pack_module
-from mimiclab.data import storage as storage_module
 from mimiclab.data.coco import CocoDataset, read_coco
 from mimiclab.data.dataset import TrainBatches
 from mimiclab.data.manifest import MANIFEST, read_manifest
@@ -33,11 +33,11 @@ from mimiclab.data.pack import pack
 from mimiclab.data.parallel import in_threads
 from mimiclab.data.shards import read_packed
 from mimiclab.data.splits import locate, read_splits
-from mimiclab.data.storage import Storage
 from mimiclab.engine import Engine
 from mimiclab.errors import UserError
 from mimiclab.optim import OptimConfig
 from mimiclab.schema import DataConfig, Split
+from mimiclab.storage import Storage
 
 pytestmark = pytest.mark.server
 NUM_IMAGES = 11
@@ -252,8 +252,3 @@ def test_what_is_not_there_is_named(proxy: Proxy) -> None:
         read_packed(uri(proxy, "none"))
     with pytest.raises(UserError, match=r"s3://none/x/manifest\.json: there is no such file"):
         read_packed(f"s3://none/x?scheme=http&endpoint_override={proxy.address}")
-
-
-def test_messages_hold_no_credentials() -> None:
-    storage = Storage("s3://me:secret@bucket/a/b?region=eu-west-1&endpoint_override=127.0.0.1:1&scheme=http")
-    assert storage.where("x") == "s3://bucket/a/b/x"

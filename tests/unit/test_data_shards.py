@@ -1,8 +1,13 @@
 """Reading packed data: the same batches as from the files, and every damage named."""
 
+import errno
+import fcntl
 import io
 import json
+import os
 import pickle
+import resource
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +20,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
+from mimiclab import storage as storage_module
 from mimiclab.data import pack as pack_module
-from mimiclab.data import storage as storage_module
-from mimiclab.data.cache import NodeCache, default_folder
+from mimiclab.data.cache import NodeCache, default_folder, locked
 from mimiclab.data.coco import CocoDataset, coco_ground_truth, content_hash, read_coco
 from mimiclab.data.dataset import EvalBatches, TrainBatches, check_images
 from mimiclab.data.manifest import INDEX, MANIFEST, File, read_manifest
@@ -26,11 +31,11 @@ from mimiclab.data.pack import pack
 from mimiclab.data.parallel import in_threads
 from mimiclab.data.shards import read_packed
 from mimiclab.data.splits import locate, pack_splits, read_splits
-from mimiclab.data.storage import Storage
 from mimiclab.data.transforms import padded_size, resized_size
 from mimiclab.errors import UserError
 from mimiclab.experiment import differences, identity, load_experiment
 from mimiclab.schema import DataConfig, Split
+from mimiclab.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -226,6 +231,16 @@ def test_damage_that_only_reading_shows_is_named(folder: Path) -> None:
         [record.encoded() for record in dataset.images]
 
 
+def test_a_disk_that_fails_is_named_with_the_image(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pread(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    dataset = read_packed(str(folder))
+    monkeypatch.setattr("os.pread", pread)
+    with pytest.raises(UserError, match=r"9\.jpg in .*/shard-00001\.parquet: cannot be read: Input/output error"):
+        dataset.images[9].encoded()
+
+
 def test_a_set_that_is_packed_anew_under_a_reader_is_named(
     files: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,6 +379,94 @@ def test_a_copy_that_differs_from_the_manifest_is_not_kept(folder: Path, tmp_pat
         cache.open(storage, shard)
     assert not list(cache.folder.glob("*.parquet*"))
     assert not list(cache.folder.glob(".*part"))
+
+
+def test_half_a_copy_is_fetched_again(folder: Path, tmp_path: Path) -> None:
+    expected = [record.encoded() for record in read_packed(str(folder)).images]
+    for _ in range(2):
+        dataset = read_packed(str(folder), cache=tmp_path / "cache")
+        assert [record.encoded() for record in dataset.images] == expected
+        for path in (tmp_path / "cache").glob("*.parquet"):
+            path.write_bytes(path.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize("name", [INDEX, "shard-00001.parquet"])
+def test_a_copy_that_was_damaged_is_named_and_replaced(folder: Path, tmp_path: Path, name: str) -> None:
+    def every() -> list[bytes]:
+        return [record.encoded() for record in read_packed(str(folder), cache=tmp_path / "cache").images]
+
+    expected = every()
+    manifest = read_manifest(Storage(str(folder)))
+    (file,) = (file for file in (manifest.index, *manifest.shards) if file.name == name)
+    copy = tmp_path / "cache" / f"{file.sha256}.parquet"
+    content = bytearray(copy.read_bytes())
+    content[len(content) // 3] ^= 1
+    copy.write_bytes(content)
+    with pytest.raises(UserError, match=rf"^{copy}: .* this copy of {folder / name} was damaged, and is removed"):
+        every()
+    assert every() == expected
+
+
+def test_a_cache_too_small_for_those_who_share_it_serves_them_all(folder: Path, tmp_path: Path) -> None:
+    storage = Storage(str(folder))
+    shards = read_manifest(storage).shards
+    expected = [(folder / shard.name).read_bytes() for shard in shards]
+
+    def ask(first: int) -> bool:
+        cache = NodeCache(tmp_path / "cache", max_bytes=1)
+        for number in range(first, first + 60):
+            with cache.open(storage, shards[number % 3]) as file:
+                if file.read() != expected[number % 3]:
+                    return False
+        return True
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(ask, range(6)))
+
+
+def test_another_user_s_copy_is_used_though_its_time_cannot_be_set(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, cache = Counting(str(folder)), NodeCache(tmp_path / "cache")
+    shard = read_manifest(storage).shards[0]
+    cache.open(storage, shard).close()
+
+    def utime(*_: object, **__: object) -> None:  # tests may run as root, who may set any file's
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr("os.utime", utime)
+    with cache.open(storage, shard) as file:
+        assert file.read() == (folder / shard.name).read_bytes()
+    assert storage.fetched == [shard.name]
+
+
+def test_a_process_that_was_forked_meanwhile_does_not_keep_a_lock(tmp_path: Path) -> None:
+    with locked(tmp_path / "lock"):
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+    try:
+        with (tmp_path / "lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_cache_without_room_is_named(folder: Path, tmp_path: Path) -> None:
+    cache = NodeCache(tmp_path / "cache")
+    shard = read_manifest(Storage(str(folder))).shards[0]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (shard.bytes // 2, before[1]))
+    try:
+        with pytest.raises(
+            UserError, match=rf"data\.cache: {cache.folder} cannot keep a copy of {folder / shard.name}"
+        ):
+            cache.open(Storage(str(folder)), shard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with cache.open(Storage(str(folder)), shard) as file:
+        assert file.read() == (folder / shard.name).read_bytes()
 
 
 def test_a_cache_that_cannot_be_written_is_named(folder: Path, tmp_path: Path) -> None:

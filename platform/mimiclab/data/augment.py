@@ -85,8 +85,9 @@ class Augmentation:
     def plan(self, order: Order, slot: Slot, stored: Callable[[int], Size]) -> Plan:
         """Decide everything about a sample; `stored` gives the stored size of the image at an index."""
         color = _draw_color(self.config.color, slot.key)
-        whole = resized_size(*stored(slot.index), draw_short(self.short, slot.key), self.long)
-        if uniform(slot.key, Stream.MOSAIC) < self.config.mosaic:
+        # What is switched off draws nothing: every rank plans the whole global batch.
+        if self.config.mosaic and uniform(slot.key, Stream.MOSAIC) < self.config.mosaic:
+            whole = resized_size(*stored(slot.index), draw_short(self.short, slot.key), self.long)
             return Plan(whole, self._mosaic(order, slot, whole, stored), color)
         tile = self._single(slot, stored(slot.index))
         x1, y1, x2, y2 = tile.window
@@ -102,7 +103,9 @@ class Augmentation:
             factor = low + uniform(key, Stream.SCALE) * (high - low)
             size = (max(MIN_SIDE, _scaled(target[0], factor)), max(MIN_SIDE, _scaled(target[1], factor)))
         shown = (min(size[0], target[0]), min(size[1], target[1]))
-        window = _place(shown, size, uniform(key, Stream.WINDOW_LEFT), uniform(key, Stream.WINDOW_TOP))
+        window = (0, 0, *shown)
+        if shown != size:
+            window = _place(shown, size, uniform(key, Stream.WINDOW_LEFT), uniform(key, Stream.WINDOW_TOP))
         return Tile(slot.index, crop, size, window, self._draw_flip(key))
 
     def _mosaic(self, order: Order, slot: Slot, size: Size, stored: Callable[[int], Size]) -> tuple[Tile, ...]:
@@ -169,7 +172,7 @@ def _of_aspect(aspect: Size, within: Size) -> Size:
 
 def _draw_color(config: ColorJitter, key: int) -> Color:
     def draw(reach: float, stream: Stream) -> float:
-        return (2 * uniform(key, stream) - 1) * reach
+        return (2 * uniform(key, stream) - 1) * reach if reach else 0.0
 
     return Color(
         1 + draw(config.brightness, Stream.BRIGHTNESS),
@@ -207,7 +210,9 @@ def carry_out(
         target = {name: torch.cat([of_part[name] for _, of_part in parts]) for name in parts[0][1]}
     # Last of all: each of the steps rounds what it moves.
     thick = (target["boxes"][:, 2:] - target["boxes"][:, :2] >= MIN_BOX_SIDE).all(1)
-    return recolor(image, plan.color), {name: values[thick] for name, values in target.items()}
+    if not thick.all():
+        target = {name: values[thick] for name, values in target.items()}
+    return recolor(image, plan.color), target
 
 
 def show(tile: Tile, image: Tensor, target: dict[str, Tensor], min_visible: float) -> tuple[Tensor, dict[str, Tensor]]:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimiclab.data.columns import Columns, ImageFiles, Images, Source, names_of, offsets_of
-from mimiclab.data.json_file import float_of, kind_of, list_of, load_json, without_collector
+from mimiclab.data.json_file import float_of, kind_of, list_of, parse_json, read_json, without_collector
 from mimiclab.data.limits import MIN_BOX_SIDE
 from mimiclab.errors import UserError
 
@@ -37,6 +37,7 @@ class CocoDataset:
         left_out: One sentence for every annotation that could not be used.
         notes: Sentences on what was mended.
         content: Hash of all that the set holds, images too; None where nobody has read them all.
+        annotations_sha256: Hash of the annotation file that was read; None of a packed set.
     """
 
     origin: str
@@ -47,6 +48,7 @@ class CocoDataset:
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     content: str | None = None
+    annotations_sha256: str | None = None
 
     @property
     def images(self) -> Images:
@@ -74,10 +76,15 @@ def read_coco(annotations: Path, images: Path) -> CocoDataset:
             file has no images or no categories.
     """
     with without_collector():
-        return _read(annotations, images, load_json(annotations))
+        encoded = read_json(annotations)
+        # Of the bytes that are parsed: by the time that somebody asks, the file may be another one.
+        sha256 = hashlib.sha256(encoded).hexdigest()
+        content = parse_json(annotations, encoded)
+        del encoded
+        return _read(annotations, images, content, sha256)
 
 
-def _read(annotations: Path, images: Path, content: dict[str, Any]) -> CocoDataset:
+def _read(annotations: Path, images: Path, content: dict[str, Any], sha256: str) -> CocoDataset:
     category_names = _read_categories(annotations, content)
     category_ids = tuple(sorted(category_names))
     entries = _read_images(annotations, content)
@@ -102,15 +109,23 @@ def _read(annotations: Path, images: Path, content: dict[str, Any]) -> CocoDatas
     notes = (f"{annotations}: {num_clipped} boxes reached over the border and were clipped",) if num_clipped else ()
     classes = tuple(category_names[category_id] for category_id in category_ids)
     source = ImageFiles(images, names)
-    return CocoDataset(str(annotations), classes, category_ids, columns, source, tuple(left_out), notes)
+    return CocoDataset(
+        str(annotations),
+        classes,
+        category_ids,
+        columns,
+        source,
+        tuple(left_out),
+        notes,
+        annotations_sha256=sha256,
+    )
 
 
 def content_hash(dataset: CocoDataset) -> str:
-    """The sha256 in hexadecimal: of a packed set's content, else of the annotation file's bytes."""
-    if dataset.content is not None:
-        return dataset.content
-    with dataset.annotations.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The sha256 in hexadecimal: of a packed set's content, else of the annotation file as it was read."""
+    sha256 = dataset.content or dataset.annotations_sha256
+    assert sha256 is not None
+    return sha256
 
 
 def coco_ground_truth(dataset: CocoDataset) -> dict[str, Any]:
@@ -330,6 +345,11 @@ def _string(path: Path, item: Any, key: str, where: str) -> str:
     value = _get(path, item, key, where)
     if not isinstance(value, str) or not value:
         raise UserError(f"{path}: not COCO's format: {where}.{key} should be a text, found {kind_of(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # JSON can hold half of a pair, as Python writes a file's name that is not UTF-8; nothing else can store it.
+        raise UserError(f"{path}: {where}.{key} should be whole characters, found {value!r}") from None
     return value
 
 

@@ -42,8 +42,12 @@ def check_images(dataset: CocoDataset) -> None:
     Raises:
         UserError: one cannot be decoded, or is not of its stored size.
     """
+
+    def check(record: ImageRecord) -> None:  # gives nothing back: what is decoded would wait for its turn in memory
+        read_record(record)
+
     with ThreadPoolExecutor() as threads:
-        for _ in threads.map(read_record, dataset.images):
+        for _ in threads.map(check, dataset.images):
             pass
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimiclab.data.findings import Finding, Kind
-from mimiclab.data.json_file import float_of, kind_of, list_of, load_json, without_collector
+from mimiclab.data.json_file import float_of, kind_of, list_of, parse_json, read_json, without_collector
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ def read_listing(path: Path) -> Listing:
             no lists `images`, `annotations` and `categories`.
     """
     with without_collector():
-        content = load_json(path)
+        content = parse_json(path, read_json(path))
         images, categories, annotations = (
             list_of(path, content, key) for key in ("images", "categories", "annotations")
         )
@@ -191,9 +191,8 @@ def _sound_columns(path: Path, name: str, entries: list[Any], rules: Sequence[_R
         where = f"{name}[{position}]"
         message = f"{path}: {where}{key and '.' + key} {found}"
         kind = Kind.CROWD_FLAG if key == "iscrowd" else kind
-        findings.append(
-            Finding(kind, str(path), message, file_name=_text(entry.get("file_name")), position=where, **ids)
-        )
+        file_name = _text(entry.get("file_name")) if name == "images" else None
+        findings.append(Finding(kind, str(path), message, file_name=file_name, position=where, **ids))
 
     no_objects = {position for position, entry in enumerate(entries) if type(entry) is not dict}
     for position in sorted(no_objects):

@@ -12,8 +12,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mimiclab.data.storage import Storage
 from mimiclab.errors import UserError
+from mimiclab.storage import Storage
 
 MANIFEST, INDEX = "manifest.json", "index.parquet"
 FORMAT, VERSION = "mimiclab-packed", 1

@@ -7,9 +7,13 @@ writer is fixed: the result is the same, byte for byte, however many workers mad
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import io
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +24,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mimiclab.data.coco import CocoDataset, content_hash
-from mimiclab.data.columns import Columns, ImageFiles, Images
+from mimiclab.data.columns import Columns, ImageFiles, ImageRecord, Images
 from mimiclab.data.images import check_size, decode
 from mimiclab.data.manifest import INDEX, MANIFEST, VERSION, File, Manifest, read_manifest
 from mimiclab.data.parallel import Runner
 from mimiclab.data.shards import INDEX as INDEX_SCHEMA
 from mimiclab.data.shards import SHARD, annotations_table, check_files, read_index
-from mimiclab.data.storage import Storage
 from mimiclab.errors import UserError
+from mimiclab.storage import MissingError, Storage
 
 # A shard is built in memory, and is what a machine fetches at a time: about 80 MB of COCO's photographs.
 SHARD_IMAGES = 512
@@ -35,8 +39,8 @@ SHARD_BYTES = 128 << 20
 # What other readers of Parquet decode at a time.
 ROW_GROUP_IMAGES = 64
 
-# What names of shards begin with, and of those that a killed process has left half-written.
-_OURS = ("shard-", ".shard-")
+# What names of shards begin with, and of files that a killed process has left half-written.
+_OURS = ("shard-", ".shard-", f".{INDEX}-", f".{MANIFEST}-")
 _WRITER = {"compression": "none", "use_dictionary": False, "write_statistics": False, "version": "2.6"}
 
 
@@ -110,13 +114,45 @@ def pack(
     storage = Storage(destination)
     assert isinstance(dataset.source, ImageFiles)
     stats = file_stats(dataset.source)
-    finished = _finished(storage, dataset, stats[:, 0])
-    if finished is not None:
-        done(finished.images)
-        return finished
+    with _alone(storage):
+        finished = _finished(storage, dataset, stats[:, 0], skip_broken)
+        if finished is not None:
+            done(finished.images)
+            return finished
+        bounds = shard_bounds(stats[:, 0])
+        tasks = [_task(dataset, stats, destination, number, part, skip_broken) for number, part in enumerate(bounds)]
+        return _pack(storage, dataset, bounds, tasks, run, done)
 
-    bounds = shard_bounds(stats[:, 0])
-    tasks = [_task(dataset, stats, destination, number, part, skip_broken) for number, part in enumerate(bounds)]
+
+@contextmanager
+def _alone(storage: Storage) -> Iterator[None]:
+    """Wait for others that pack into the same folder: who is done removes what looks like an earlier attempt's."""
+    if storage.local is None:
+        yield
+        return
+    try:
+        storage.local.mkdir(parents=True, exist_ok=True)
+        folder = os.open(storage.local, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{storage.name}: cannot be written: {error.strerror}") from error
+    try:
+        with suppress(OSError):  # not every network file system can
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_UN)
+        os.close(folder)
+
+
+def _pack(
+    storage: Storage,
+    dataset: CocoDataset,
+    bounds: list[slice],
+    tasks: list[Task],
+    run: Runner,
+    done: Callable[[int], object],
+) -> Manifest:
     shards = []
     for shard in run(make_shard, tasks):
         shards.append(shard)
@@ -199,8 +235,7 @@ def make_shard(task: Task) -> Shard:
     for position, record in enumerate(Images(task.columns, task.source)):
         encoded = record.encoded()
         try:
-            height, width, _ = decode(encoded, record.where).shape
-            check_size(width, height, (record.width, record.height), record.where)
+            _check(record, encoded)
         except UserError as error:
             if not task.skip_broken:
                 raise
@@ -211,14 +246,13 @@ def make_shard(task: Task) -> Shard:
         images.append(encoded)
     hashes = [hashlib.sha256(encoded).digest() for encoded in images]
     columns = task.columns.take(np.array(kept, dtype=np.int64))
-    buffer = _parquet(columns, hashes, images)
-    content = memoryview(buffer)
+    content = _parquet(columns, hashes, images)
     file = File(name, len(kept), len(content), hashlib.sha256(content).hexdigest())
     shard = Shard(
         task.number,
         file,
         kept,
-        offsets=_find(buffer, images),
+        offsets=_find(content, images),
         sizes=[len(encoded) for encoded in images],
         sha256=[digest.hex() for digest in hashes],
         broken=broken,
@@ -240,18 +274,31 @@ def _task(
     return Task(destination, number, source, columns, made_of.hexdigest(), skip_broken)
 
 
-def _parquet(columns: Columns, hashes: list[bytes], images: list[bytes]) -> pa.Buffer:
+def _check(record: ImageRecord, encoded: bytes) -> None:
+    """Decode an image.
+
+    Raises:
+        UserError: It cannot be decoded, or is not of its stored size.
+    """
+    height, width, _ = decode(encoded, record.where).shape
+    check_size(width, height, (record.width, record.height), record.where)
+
+
+def _parquet(columns: Columns, hashes: list[bytes], images: list[bytes]) -> bytes:
     digests = np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, 32)
-    table = annotations_table(columns, digests).append_column("image", pa.array(images, pa.binary()))
-    sink = pa.BufferOutputStream()
+    table = annotations_table(columns, digests)
+    # All images are in memory here, and once more in the file; row groups one by one keep it at that.
+    sink = io.BytesIO()
     with pq.ParquetWriter(sink, SHARD, **_WRITER) as writer:
-        writer.write_table(table, row_group_size=ROW_GROUP_IMAGES)
+        for start in range(0, len(images), ROW_GROUP_IMAGES):
+            group = pa.array(images[start : start + ROW_GROUP_IMAGES], pa.binary())
+            writer.write_table(table.slice(start, len(group)).append_column("image", group))
     return sink.getvalue()
 
 
-def _find(file: pa.Buffer, images: list[bytes]) -> list[int]:
+def _find(content: bytes, images: list[bytes]) -> list[int]:
     """Where each image's bytes start in a Parquet file that holds them in order, uncompressed."""
-    content, start, offsets = file.to_pybytes(), 0, []
+    start, offsets = 0, []
     for encoded in images:
         # Parquet's plain encoding: the size in four bytes, then the bytes. The first match at or behind the end of
         # the image before is taken, and compared as a whole.
@@ -273,9 +320,9 @@ def _noted(storage: Storage, name: str, note: str, made_of: str) -> Shard | None
         if record["made_of"] != made_of:
             return None
         shard = Shard(**{**record["shard"], "file": File(**record["shard"]["file"])})
-    except (ValueError, KeyError, TypeError):  # half-written
+    except (ValueError, KeyError, TypeError, MissingError):  # half-written, or removed by another process that is done
         return None
-    if sizes[name] != shard.file.bytes or hashlib.sha256(storage.read(name)).hexdigest() != shard.file.sha256:
+    if sizes[name] != shard.file.bytes or storage.sha256(name) != shard.file.sha256:
         return None
     return shard
 
@@ -299,11 +346,14 @@ def _index(columns: Columns, shards: list[Shard], dataset: CocoDataset) -> tuple
     return sink.getvalue().to_pybytes(), content
 
 
-def _finished(storage: Storage, dataset: CocoDataset, sizes: npt.NDArray[np.int64]) -> Manifest | None:
+def _finished(
+    storage: Storage, dataset: CocoDataset, sizes: npt.NDArray[np.int64], skip_broken: bool
+) -> Manifest | None:
     """The manifest, where this very set was packed here before.
 
     Raises:
-        UserError: The destination holds something else.
+        UserError: The destination holds something else, or less than what can be decoded, or an image was left out
+            in it that has to be there.
     """
     names = storage.sizes().keys()
     if MANIFEST not in names:
@@ -318,8 +368,20 @@ def _finished(storage: Storage, dataset: CocoDataset, sizes: npt.NDArray[np.int6
     check_files(storage, manifest)
     columns, places = read_index(storage.read(INDEX))
     same = manifest.annotations_sha256 == content_hash(dataset)
-    # Of the images only the sizes are compared: their bytes would all have to be read.
-    if not same or not np.array_equal(sizes[np.searchsorted(dataset.columns.ids, columns.ids)], places.size):
+    if same:
+        rows = np.searchsorted(dataset.columns.ids, columns.ids)
+        # Of the packed images only the sizes are compared: their bytes would all have to be read.
+        same = np.array_equal(sizes[rows], places.size)
+        for row in np.delete(np.arange(len(sizes)), rows).tolist():
+            record = dataset.images[row]
+            try:
+                _check(record, record.encoded())
+            except UserError:
+                if not skip_broken:
+                    raise
+            else:  # it was mended since
+                same = False
+    if not same:
         raise UserError(
             f"{storage.where(MANIFEST)}: another data set was packed here, of {manifest.images} images from "
             f"{manifest.annotations}; expected an empty folder, or one of an earlier attempt at the same set"

@@ -14,7 +14,7 @@ from mimiclab.data.coco import read_coco
 from mimiclab.data.manifest import Manifest
 from mimiclab.data.pack import pack
 from mimiclab.data.parallel import in_threads
-from mimiclab.data.storage import Storage
+from mimiclab.storage import Storage
 
 # The manifest names all that was left out; of these the terminal shows so many.
 MAX_NOTES = 20

@@ -25,8 +25,8 @@ from mimiclab.data.cache import NodeCache, default_folder
 from mimiclab.data.coco import CocoDataset
 from mimiclab.data.columns import Columns, names_of, offsets_of
 from mimiclab.data.manifest import File, Manifest, read_manifest
-from mimiclab.data.storage import Storage
 from mimiclab.errors import UserError
+from mimiclab.storage import Storage
 
 # Per process; every shard of COCO, and well below the usual limit of 1024.
 _MAX_OPEN_FILES = 256
@@ -130,14 +130,14 @@ class PackedImages:
         places = self._places
         number, size = int(places.shard[position]), int(places.size[position])
         file = self._opened(number)  # held until it was read from: another thread may push it out
-        # By offset, which leaves no position in the file that threads or forked processes could share.
-        content = os.pread(file.fileno(), size, int(places.offset[position]))
+        try:
+            # By offset, which leaves no position in the file that threads or forked processes could share.
+            content = os.pread(file.fileno(), size, int(places.offset[position]))
+        except OSError as error:
+            raise UserError(f"{self.where(position)}: cannot be read: {error.strerror}") from error
         if hashlib.sha256(content).digest() != places.sha256[position].tobytes():
-            raise UserError(
-                f"{self._storage.where(self._shards[number].name)}: image {self._names[position]} in it is not what "
-                "the set's index says; the shard is damaged or was changed while it was in use, expected the set to "
-                "be packed again"
-            )
+            what = f"image {self._names[position]} in it is not what the set's index says"
+            raise _damaged(self._storage, self._shards[number], self._cache, what)
         return content
 
     def where(self, position: int) -> str:
@@ -169,10 +169,7 @@ def read_packed(uri: str, cache: Path | None = None, cache_bytes: int | None = N
     with _open(storage, manifest.index, copies) as file:
         content = file.read()
     if hashlib.sha256(content).hexdigest() != manifest.index.sha256:
-        raise UserError(
-            f"{storage.where(manifest.index.name)}: it differs from the manifest, it is damaged; expected the set to "
-            "be packed again"
-        )
+        raise _damaged(storage, manifest.index, copies, "it differs from the manifest")
     columns, places = read_index(content)
     return CocoDataset(
         origin=storage.name,
@@ -226,6 +223,20 @@ def read_index(content: bytes) -> tuple[Columns, Places]:
     )
     hashes = np.frombuffer(b"".join(column["sha256"].to_pylist()), dtype=np.uint8).reshape(-1, 32)
     return columns, Places(values("shard"), values("offset"), values("size"), hashes)
+
+
+def _damaged(storage: Storage, file: File, cache: NodeCache | None, what: str) -> UserError:
+    """The error for a file that holds something else than it should."""
+    where = storage.where(file.name)
+    if cache is None:
+        return UserError(
+            f"{where}: {what}; it is damaged or was changed while it was in use, expected the set to be packed again"
+        )
+    # It was whole when it was fetched.
+    return UserError(
+        f"{cache.drop(file)}: {what}; this copy of {where} was damaged, and is removed: expected the same command "
+        "again, which fetches another"
+    )
 
 
 def _open(storage: Storage, file: File, cache: NodeCache | None) -> io.FileIO:

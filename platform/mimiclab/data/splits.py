@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ from mimiclab.data.columns import ImageFiles
 from mimiclab.data.scenes import generate_scenes
 from mimiclab.errors import UserError
 from mimiclab.schema import DataConfig, Split
+from mimiclab.storage import Place, storage_at
 
 Part = Literal["train", "val"]
 PARTS: tuple[Part, Part] = ("train", "val")
@@ -73,7 +75,7 @@ def read_splits(data: DataConfig) -> Splits:
     return Splits(train, val)
 
 
-def pack_splits(data: DataConfig, splits: Splits, folder: Path, say: Callable[[str], object]) -> DataConfig:
+def pack_splits(data: DataConfig, splits: Splits, folder: Place, say: Callable[[str], object]) -> DataConfig:
     """Pack those of located data's sets that are plain files into a folder, unless that was done before.
 
     Each gets a subfolder named by what it is made of, so that data which changed is packed anew.
@@ -90,28 +92,31 @@ def pack_splits(data: DataConfig, splits: Splits, folder: Path, say: Callable[[s
     Raises:
         UserError: An image cannot be read or decoded, or the folder cannot be written.
     """
-    # Here, since it loads pyarrow.
     from mimiclab.data.cache import locked
     from mimiclab.data.manifest import MANIFEST
     from mimiclab.data.pack import file_stats, pack
     from mimiclab.data.parallel import in_threads
 
+    root = storage_at(folder)
     packed: dict[str, Split] = {}
     for part, split in zip(PARTS, (splits.train, splits.val), strict=True):
         if not isinstance(split.source, ImageFiles):
             continue
         made_of = hashlib.sha256(f"{content_hash(split)} {split.source.folder} ".encode())
         made_of.update(file_stats(split.source).tobytes())
-        target = folder / f"{split.annotations.stem}-{made_of.hexdigest()[:16]}"
+        name = f"{split.annotations.stem}-{made_of.hexdigest()[:16]}"
+        target = root / name
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with locked(folder / f".{target.name}.lock"):  # trials that start together want the same
-                if not (target / MANIFEST).exists():
-                    say(f"packing {len(split.images)} images of {split.origin} into {target}")
-                pack(split, str(target), run=in_threads(os.cpu_count() or 1), done=_counted(len(split.images), say))
+            with ExitStack() as stack:
+                if root.local is not None:  # trials that start together want the same; a bucket takes it twice
+                    root.local.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(locked(root.local / f".{name}.lock"))
+                if MANIFEST not in target.sizes():
+                    say(f"packing {len(split.images)} images of {split.origin} into {target.name}")
+                pack(split, target.uri, run=in_threads(os.cpu_count() or 1), done=_counted(len(split.images), say))
         except OSError as error:
-            raise UserError(f"{folder}: packed data cannot be written there: {error}") from error
-        packed[part] = Split(packed=str(target))
+            raise UserError(f"{root.name}: packed data cannot be written there: {error}") from error
+        packed[part] = Split(packed=target.uri)
     return data.model_copy(update=packed)
 
 

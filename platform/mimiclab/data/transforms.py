@@ -57,7 +57,7 @@ def resize(image: Tensor, boxes: Tensor, size: tuple[int, int]) -> tuple[Tensor,
     resized = F.resize(image, [height, width], antialias=True)
     # Multiplied before divided: a box that ends at the border still ends exactly there.
     scaled = boxes * boxes.new_tensor([width, height, width, height])
-    return resized, scaled / boxes.new_tensor([image.shape[2], image.shape[1]]).repeat(2)
+    return resized, scaled / boxes.new_tensor([image.shape[2], image.shape[1]] * 2)
 
 
 def cut(image: Tensor, boxes: Tensor, box: Box) -> tuple[Tensor, Tensor]:
