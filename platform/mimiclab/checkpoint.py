@@ -1,6 +1,6 @@
-"""What a checkpoint holds: written aside, verified, and named by a manifest that is written last.
+"""What a checkpoint holds: written aside or in order, verified, and named by a manifest that is written last.
 
-step-00000050/
+step-00000050/            or step-00000050-notice, made because a machine was announced to go
     weights.safetensors   the detector, with the class names in its header
     state.pt              optimizer and step; tensors and plain values only
     meta.json             everything that is not a tensor
@@ -10,109 +10,212 @@ step-00000050/
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import torch as safetensors
 from torch import Tensor
 
 from mimiclab.errors import UserError
+from mimiclab.storage import MissingError, Place, Storage, storage_at
 
 WEIGHTS, STATE, META, MANIFEST = "weights.safetensors", "state.pt", "meta.json", "manifest.json"
-_PREFIX = "step-"
+_NOTICE = "-notice"
+_NAME = re.compile(rf"step-(\d{{8,}})({_NOTICE})?")
+_ASIDE = ".step-"
+
+
+class DamagedError(UserError):
+    """A checkpoint is not what its manifest says, or has none; the message names it and the file."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: its folder and what its meta.json says."""
+    """A verified checkpoint: its folder, what its meta.json says, and its files' checksums."""
 
-    path: Path
+    storage: Storage
     meta: dict[str, Any]
+    hashes: Mapping[str, str]
 
     @property
     def step(self) -> int:
         """Number of training steps done."""
         return int(self.meta["step"])
 
+    @property
+    def name(self) -> str:
+        """What messages call it: its path, or its URI without credentials."""
+        return self.storage.name
+
+    @property
+    def path(self) -> Path:
+        """Its folder on a local disk.
+
+        Raises:
+            UserError: It lies elsewhere; see `write_weights`.
+        """
+        if self.storage.local is None:
+            raise UserError(f"checkpoint {self.name}: it lies on no local disk, expected one that does")
+        return self.storage.local
+
     def weights(self) -> dict[str, Tensor]:
-        """The detector's state, on the CPU."""
-        weights: dict[str, Tensor] = load_file(str(self.path / WEIGHTS))
+        """The detector's state, on the CPU.
+
+        Raises:
+            DamagedError: The file is not what the manifest says.
+            UserError: It cannot be read.
+        """
+        weights: dict[str, Tensor] = safetensors.load(self._read(WEIGHTS))
         return weights
 
     def state(self) -> dict[str, Any]:
-        """The engine's state, on the CPU; loading it runs no code."""
-        state: dict[str, Any] = torch.load(self.path / STATE, map_location="cpu", weights_only=True)
+        """The engine's state, on the CPU; loading it runs no code.
+
+        Raises:
+            DamagedError: The file is not what the manifest says.
+            UserError: It cannot be read.
+        """
+        content = io.BytesIO(self._read(STATE))
+        state: dict[str, Any] = torch.load(content, map_location="cpu", weights_only=True)
         return state
 
+    def write_weights(self, path: Path) -> None:
+        """Copy the file of weights to a local disk, its folder made when missing.
 
-def save(folder: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any], meta: Mapping[str, Any]) -> Checkpoint:
-    """Write a checkpoint for `meta["step"]`; until it is whole it has no name of its own."""
-    target = folder / _name(meta["step"])
-    aside = folder / f".{target.name}-{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        save_file(contiguous, str(aside / WEIGHTS), metadata={"classes": json.dumps(meta["classes"])})
-        torch.save(dict(state), aside / STATE)
-        (aside / META).write_text(json.dumps(meta, indent=1))
-        hashes = {name: _sha256(aside / name) for name in (WEIGHTS, STATE, META)}
-        (aside / MANIFEST).write_text(json.dumps(hashes, indent=1))
-        for path in (*aside.iterdir(), aside):
-            _sync(path)
-        if target.exists():  # the same step, trained again after a restart
-            shutil.rmtree(target)
-        aside.rename(target)
-        _sync(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return Checkpoint(target, dict(meta))
+        Raises:
+            DamagedError: The file is not what the manifest says.
+            UserError: It cannot be read, or the copy not written.
+        """
+        Storage(path.parent).write(path.name, self._read(WEIGHTS))
+
+    def _read(self, name: str) -> bytes:
+        return _verified(self.storage, name, self.hashes)
 
 
-def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that verifies; damaged ones are named to `warn` and skipped for the one before."""
-    for path in sorted(_folders(folder), reverse=True):
+def save(
+    folder: Place,
+    weights: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    *,
+    notice: bool = False,
+) -> Checkpoint:
+    """Write a checkpoint for `meta["step"]`; one of its step and kind is replaced.
+
+    Args:
+        folder: Holds the run's checkpoints; made when missing.
+        weights: Of the detector, on any device.
+        state: Of the engine; tensors on any device, and plain values.
+        meta: What JSON can hold; "step" and "classes" at least.
+        notice: Whether a machine was announced to go.
+
+    Raises:
+        UserError: It cannot be written; the message names the place.
+    """
+    root, name = storage_at(folder), _name(int(meta["step"]), notice=notice)
+    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    files = {
+        WEIGHTS: safetensors.save(contiguous, metadata={"classes": json.dumps(meta["classes"])}),
+        STATE: buffer.getvalue(),
+        META: json.dumps(meta, indent=1).encode(),
+    }
+    hashes = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
+    root.write_folder(name, {**files, MANIFEST: json.dumps(hashes, indent=1).encode()})
+    return Checkpoint(root / name, dict(meta), hashes)
+
+
+def latest(folder: Place, warn: Callable[[str], None], *, deep: bool = True) -> Checkpoint | None:
+    """The newest checkpoint that verifies; damaged ones are named to `warn` and skipped for the one before.
+
+    Args:
+        folder: Holds the run's checkpoints.
+        warn: Gets a line for each damaged one.
+        deep: False reads manifest and meta.json only; weights and state are verified anyway when they are read.
+
+    Raises:
+        UserError: The place cannot be read: whether there is a checkpoint is not known then.
+    """
+    root = storage_at(folder)
+    damaged: set[str] = set()
+    # Listed anew after each: a run at work may have removed it for a newer one.
+    while left := [name for name in _names(root) if name not in damaged]:
         try:
-            return load(path)
-        except UserError as error:
+            return load(root / left[-1], deep=deep)
+        except DamagedError as error:
             warn(f"{error}; going back to the checkpoint before it")
+            damaged.add(left[-1])
     return None
 
 
-def load(path: Path) -> Checkpoint:
+def load(place: Place, *, deep: bool = True) -> Checkpoint:
     """Verify a checkpoint against its manifest.
 
+    Args:
+        place: Folder of the checkpoint.
+        deep: False leaves weights and state for when they are read.
+
     Raises:
-        UserError: a file is missing, unreadable or differs from the manifest; the message names it.
+        DamagedError: A file is missing or differs from the manifest.
+        UserError: A file cannot be read.
     """
+    storage = storage_at(place)
     try:
-        hashes = json.loads((path / MANIFEST).read_text())
-        for name in (WEIGHTS, STATE, META):
-            if _sha256(path / name) != hashes[name]:
-                raise UserError(f"checkpoint {path}: {name} differs from its manifest, it is damaged")
-        return Checkpoint(path, json.loads((path / META).read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"checkpoint {path}: cannot be read ({error})") from error
+        hashes = json.loads(storage.read(MANIFEST))
+        if not (isinstance(hashes, dict) and hashes.keys() >= {WEIGHTS, STATE, META}):
+            raise ValueError("files are missing in it")
+    except MissingError as error:
+        raise DamagedError(f"checkpoint {storage.name}: {MANIFEST} is missing, it was never whole") from error
+    except ValueError as error:  # neither JSON nor text, too
+        raise DamagedError(f"checkpoint {storage.name}: {MANIFEST} is damaged ({error})") from error
+    meta = json.loads(_verified(storage, META, hashes))
+    for name in (WEIGHTS, STATE) if deep else ():
+        try:
+            found = storage.sha256(name)
+        except MissingError as error:
+            raise _missing(storage, name) from error
+        _compare(storage, name, found, hashes)
+    return Checkpoint(storage, meta, hashes)
 
 
-def prune(folder: Path, *, newest: int, keep: int, steps: Sequence[int]) -> None:
-    """Remove all but the last `keep` checkpoints up to step `newest`, those of the given steps, and later ones.
+def find(folder: Place, step: int, *, deep: bool = True) -> Checkpoint | None:
+    """The checkpoint of a step, of either kind, None where there is none; see `load` for errors."""
+    root = storage_at(folder)
+    names = [name for name in _names(root) if _step(name) == step]
+    return load(root / names[-1], deep=deep) if names else None
 
-    A later one is damaged, since the run did not go on from it: it must not count as one of those kept.
+
+def prune(folder: Place, *, newest: int, keep: int, steps: Sequence[int]) -> None:
+    """Remove old checkpoints.
+
+    Kept are the last `keep` ones up to step `newest`, as many of those that a notice asked for, those of the given
+    steps, and later ones. A later one is damaged, since the run did not go on from it: it must not count as one of
+    those kept. Folders without a manifest are none to keep.
+
+    Raises:
+        UserError: One cannot be removed; the message names it.
     """
-    names = {_name(step) for step in steps}
-    for path in sorted(path for path in _folders(folder) if path.name <= _name(newest))[:-keep]:
-        if path.name not in names:
-            shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(f".{_PREFIX}*"):  # what a killed process left half-written
-        shutil.rmtree(path, ignore_errors=True)
+    root = storage_at(folder)
+    done = [name for name in _names(root) if _step(name) <= newest]
+    whole = [name for name in done if MANIFEST in (root / name).sizes()]
+    kept = {name for name in whole if _step(name) in steps}
+    for notice in (False, True):
+        kept.update([name for name in whole if name.endswith(_NOTICE) == notice][-keep:])
+    for name in done:
+        if name not in kept:
+            (root / name).delete(MANIFEST)  # first: what is removed in part is no checkpoint
+            root.delete_folder(name)
+    for name in root.folders():
+        if name.startswith(_ASIDE):  # what a killed process left half-written
+            root.delete_folder(name)
 
 
 def classes_of(weights: Path) -> list[str]:
@@ -132,22 +235,34 @@ def classes_of(weights: Path) -> list[str]:
     return names
 
 
-def _name(step: int) -> str:
-    return f"{_PREFIX}{step:08d}"
+def _name(step: int, *, notice: bool) -> str:
+    return f"step-{step:08d}{_NOTICE if notice else ''}"
 
 
-def _folders(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.glob(f"{_PREFIX}*") if path.is_dir())
+def _step(name: str) -> int:
+    return int(name.removesuffix(_NOTICE).removeprefix("step-"))
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _names(root: Storage) -> list[str]:
+    """Folders that are named as checkpoints, by step; at the same step what no notice asked for comes last."""
+    found = [name for name in root.folders() if _NAME.fullmatch(name)]
+    return sorted(found, key=lambda name: (_step(name), not name.endswith(_NOTICE)))
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _verified(storage: Storage, name: str, hashes: Mapping[str, str]) -> bytes:
+    """A file's content; what is decoded are the very bytes that were verified."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        content = storage.read(name)
+    except MissingError as error:
+        raise _missing(storage, name) from error
+    _compare(storage, name, hashlib.sha256(content).hexdigest(), hashes)
+    return content
+
+
+def _compare(storage: Storage, name: str, found: str, hashes: Mapping[str, str]) -> None:
+    if found != hashes[name]:
+        raise DamagedError(f"checkpoint {storage.name}: {name} differs from its manifest, it is damaged")
+
+
+def _missing(storage: Storage, name: str) -> DamagedError:
+    return DamagedError(f"checkpoint {storage.name}: {name} is missing, it is damaged")

@@ -1,7 +1,13 @@
 """A checkpoint is whole or it is none."""
 
 import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,9 +15,12 @@ import torch
 from safetensors.torch import save_file
 
 from mimiclab import checkpoint
+from mimiclab import storage as storage_module
 from mimiclab.checkpoint import MANIFEST, META, STATE, WEIGHTS
 from mimiclab.errors import UserError
+from mimiclab.storage import Storage
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = ["disk", "größe, schief"]
 
 
@@ -30,9 +39,9 @@ def state(value: float) -> dict:
     }
 
 
-def save(folder: Path, step: int, **more) -> checkpoint.Checkpoint:
+def save(folder: Path, step: int, *, notice: bool = False, **more) -> checkpoint.Checkpoint:
     meta = {"step": step, "classes": CLASSES, "best": None, **more}
-    return checkpoint.save(folder, weights(step), state(step), meta)
+    return checkpoint.save(folder, weights(step), state(step), meta, notice=notice)
 
 
 def names(folder: Path) -> list[str]:
@@ -68,6 +77,41 @@ def test_the_newest_is_by_step_not_by_time_or_text(tmp_path):
     assert checkpoint.latest(tmp_path, warn=pytest.fail).step == 100
 
 
+def test_a_place_is_a_path_a_uri_or_a_storage(tmp_path):
+    folder = tmp_path / "new one"
+    for step, place in enumerate((folder, str(folder), folder.as_uri(), Storage(folder))):
+        save(place, step)
+        newest = checkpoint.latest(place, warn=pytest.fail)
+        assert newest.path == checkpoint.load(newest.path).path == folder / f"step-0000000{step}"
+        assert newest.name == str(newest.path)
+
+
+def test_one_that_a_notice_asked_for_is_one_too(tmp_path):
+    save(tmp_path, 10)
+    save(tmp_path, 20, notice=True)
+    assert checkpoint.latest(tmp_path, warn=pytest.fail).path.name == "step-00000020-notice"
+    save(tmp_path, 20)
+    assert checkpoint.latest(tmp_path, warn=pytest.fail).path.name == "step-00000020"
+    save(tmp_path, 20, notice=True)
+    assert checkpoint.latest(tmp_path, warn=pytest.fail).path.name == "step-00000020"
+
+
+def test_a_step_is_found_whichever_kind_it_is(tmp_path):
+    save(tmp_path, 10)
+    save(tmp_path, 20, notice=True)
+    assert [checkpoint.find(tmp_path, step).step for step in (10, 20)] == [10, 20]
+    assert checkpoint.find(tmp_path, 15) is None
+
+
+def test_weights_are_copied_to_a_file(tmp_path):
+    saved = save(tmp_path / "run", 1)
+
+    saved.write_weights(tmp_path / "new" / "w.safetensors")
+
+    assert (tmp_path / "new" / "w.safetensors").read_bytes() == (saved.path / WEIGHTS).read_bytes()
+    assert names(tmp_path / "new") == ["w.safetensors"]
+
+
 @pytest.mark.parametrize("folder", ["", "missing"])
 def test_without_checkpoints_there_is_none(tmp_path, folder):
     assert checkpoint.latest(tmp_path / folder, warn=pytest.fail) is None
@@ -101,6 +145,57 @@ def test_a_damaged_one_is_skipped_for_the_one_before_and_named(tmp_path, warning
     assert torch.equal(newest.weights()["matrix"], weights(2)["matrix"])
     assert len(warnings) == 1
     assert str(tmp_path / "step-00000003") in warnings[0]
+
+
+@pytest.mark.parametrize("file", [META, MANIFEST])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "gone", "other"])
+def test_without_reading_the_large_files_the_small_ones_are_verified(tmp_path, warnings, damage, file):
+    for step in (1, 2):
+        save(tmp_path, step)
+    DAMAGE[damage](tmp_path / "step-00000002" / file)
+
+    assert checkpoint.latest(tmp_path, warn=warnings.append, deep=False).step == 1
+    assert len(warnings) == 1
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, STATE])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_damaged_after_it_was_found_is_not_used(tmp_path, damage, file):
+    save(tmp_path, 1)
+    found = [checkpoint.latest(tmp_path, warn=pytest.fail)]
+    DAMAGE[damage](tmp_path / "step-00000001" / file)
+    found.append(checkpoint.latest(tmp_path, warn=pytest.fail, deep=False))
+
+    for newest in found:
+        with pytest.raises(checkpoint.DamagedError, match=f"{newest.path}: {file} (differs|is missing)"):
+            newest.weights() if file == WEIGHTS else newest.state()
+        if file == WEIGHTS:
+            with pytest.raises(checkpoint.DamagedError, match=f"{newest.path}: {file} (differs|is missing)"):
+                newest.write_weights(tmp_path / "w")
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_a_file_that_cannot_be_read_is_no_reason_to_start_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage_module, "_FIRST_PAUSE_S", 0.01)
+    save(tmp_path, 1)
+    (tmp_path / "step-00000001" / STATE).unlink()
+    (tmp_path / "step-00000001" / STATE).mkdir()  # for root, too, this cannot be read
+
+    with pytest.raises(UserError, match=rf"{STATE}: cannot be read, tried 3 times"):
+        checkpoint.latest(tmp_path, warn=pytest.fail)
+
+
+def test_one_that_is_removed_for_a_newer_one_while_it_is_read_is_not_missed(tmp_path, warnings):
+    """As by a driver that reads beside a run at work."""
+    save(tmp_path, 1)
+    (tmp_path / "step-00000001" / MANIFEST).unlink()
+
+    def meanwhile(text: str) -> None:
+        warnings.append(text)
+        save(tmp_path, 2)
+
+    assert checkpoint.latest(tmp_path, warn=meanwhile).step == 2
+    assert len(warnings) == 1
 
 
 def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path, warnings):
@@ -157,8 +252,9 @@ def test_loading_runs_no_code(tmp_path):
 
     saved = checkpoint.save(tmp_path, weights(1), {"step": Harmful()}, {"step": 1, "classes": CLASSES})
 
-    with pytest.raises(Exception, match="weights_only"):
-        saved.state()
+    for found in (saved, checkpoint.latest(tmp_path, warn=pytest.fail)):
+        with pytest.raises(Exception, match="weights_only"):
+            found.state()
     assert not (tmp_path / "ran").exists()
 
 
@@ -169,6 +265,29 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
     checkpoint.prune(tmp_path, newest=60, keep=2, steps=[20])
 
     assert names(tmp_path) == ["step-00000020", "step-00000050", "step-00000060"]
+
+
+def test_prune_keeps_notices_in_addition(tmp_path):
+    for step in range(10, 70, 10):
+        save(tmp_path, step)
+        save(tmp_path, step + 1, notice=True)
+
+    checkpoint.prune(tmp_path, newest=61, keep=2, steps=[10, 21])
+
+    ordinary = [f"step-000000{step}" for step in (10, 50, 60)]
+    notices = [f"step-000000{step}-notice" for step in (21, 51, 61)]
+    assert names(tmp_path) == sorted(ordinary + notices)
+
+
+def test_what_has_no_manifest_is_not_one_of_those_that_are_kept(tmp_path):
+    for step in (10, 20, 30, 40):
+        save(tmp_path, step)
+    for step in (20, 40):
+        (tmp_path / f"step-000000{step}" / MANIFEST).unlink()
+
+    checkpoint.prune(tmp_path, newest=30, keep=2, steps=[20])
+
+    assert names(tmp_path) == ["step-00000010", "step-00000030", "step-00000040"]
 
 
 def test_prune_keeps_all_where_there_are_fewer(tmp_path):
@@ -200,6 +319,82 @@ def test_prune_removes_what_a_killed_process_left(tmp_path):
     checkpoint.prune(tmp_path, newest=10, keep=1, steps=[])
 
     assert names(tmp_path) == ["step-00000010"]
+
+
+SAVING = """
+import os, pathlib, sys
+import torch
+from mimiclab import checkpoint
+from mimiclab.saver import Saver
+
+torch.set_num_threads(1)
+folder = pathlib.Path(sys.argv[1])
+
+
+def work(asynchronous):
+    print("process", os.getpid(), flush=True)
+    newest = checkpoint.latest(folder, warn=lambda text: print("warning", text, flush=True))
+    saver = Saver(folder, keep=2, warn=lambda text: os.abort())
+    step = newest.step if newest else 0
+    while True:
+        step += 1
+        weights, state = {"w": torch.full((1000,), float(step))}, {"step": step}
+        meta = {"step": step, "classes": []}
+        if asynchronous:
+            saver.snapshot(weights, state, meta, notice=step % 3 == 0)
+            saver.flush(60)
+        else:
+            checkpoint.save(folder, weights, state, meta)
+            checkpoint.prune(folder, newest=step, keep=2, steps=[])
+        os.write(1, b"saved %d\\n" % step)
+
+
+for line in sys.stdin:
+    child = os.fork()  # every import is done, no thread is started
+    if child == 0:
+        work(line.strip() == "thread")
+    os.waitpid(child, 0)
+    print("dead", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory) -> Iterator[tuple[subprocess.Popen, Path]]:
+    """A process that makes others, which save checkpoints in a folder until they are killed."""
+    folder = tmp_path_factory.mktemp("killed")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", SAVING, str(folder)], **pipes, bufsize=0) as process:
+        yield process, folder
+        process.stdin.close()
+
+
+def test_killed_at_any_moment_it_goes_on_from_the_last_that_was_acknowledged_or_a_newer_one(nursery):
+    process, folder = nursery
+    moments = random.Random(0)
+    acknowledged, in_the_middle = 0, 0
+    for i in range(60):
+        process.stdin.write(b"thread\n" if i % 2 else b"plain\n")
+        child = int(process.stdout.readline().split()[1])
+        if moments.random() < 0.8:
+            assert process.stdout.readline().startswith(b"saved")
+            acknowledged += 1
+        time.sleep(moments.random() * 0.01)
+        os.kill(child, signal.SIGKILL)
+        while (line := process.stdout.readline()) != b"dead\n":
+            acknowledged = int(line.split()[1])
+        in_the_middle += any(name.startswith(".") for name in names(folder))
+
+        newest = checkpoint.latest(folder, warn=pytest.fail)
+
+        if newest is None:
+            assert acknowledged == 0
+            continue
+        assert acknowledged <= newest.step <= acknowledged + 1
+        assert newest.weights()["w"].eq(newest.step).all()
+        assert newest.state() == {"step": newest.step}
+        acknowledged = newest.step
+    assert acknowledged > 30
+    assert in_the_middle > 5
 
 
 def test_weights_that_no_run_wrote_have_no_classes(tmp_path):
