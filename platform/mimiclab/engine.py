@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from math import cos, pi
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mimicdet.interface import Detections, Detector
+from mimiclab.errors import NoRetryError, UserError
 from mimiclab.optim import OptimConfig
 
 
@@ -33,8 +36,16 @@ class Batch:
     pad_to: tuple[int, int]
     image_ids: list[int]
 
+    def parts(self, size: int | None) -> list[Batch]:
+        """Cut into batches of at most `size` images, which share their tensors with this one; None cuts nothing."""
+        num = len(self.images)
+        if size is None or num <= size:
+            return [self]
+        cuts = [slice(start, start + size) for start in range(0, num, size)]
+        return [Batch(self.images[cut], self.targets[cut], self.pad_to, self.image_ids[cut]) for cut in cuts]
 
-class NonFiniteLossError(RuntimeError):
+
+class NonFiniteLossError(NoRetryError):
     """A loss or the gradient became NaN or infinite; the message names step, images and losses."""
 
 
@@ -54,7 +65,7 @@ class _Objective(nn.Module):
         self.dtype = AUTOCAST[config.precision]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Return the rank's loss, the sums over its images of every loss and metric, and which images are sound."""
+        """Return the batch's loss, the sums over its images of every loss and metric, and which images are sound."""
         kind = next(self.detector.parameters()).device.type
         with torch.autocast(kind, dtype=self.dtype, enabled=self.dtype is not None):
             terms = self.detector.loss_terms(batch.images, batch.targets, pad_to=batch.pad_to)
@@ -63,26 +74,55 @@ class _Objective(nn.Module):
         # images of the global batch.
         total = torch.stack([sums[name] for name in terms.losses]).sum() * self.share
         sound = torch.stack([values.detach() for values in terms.losses.values()]).isfinite().all(0)
-        return total, sums, sound
+        # Detached: what is kept for the report must not keep the graph.
+        told = {"loss": total.detach() / self.share, **{name: value.detach() for name, value in sums.items()}}
+        return total, told, sound
 
 
 class Engine:
-    """A detector with its optimizer at a step of its schedule."""
+    """A detector with its optimizer at a step of its schedule.
 
-    def __init__(self, detector: Detector, config: OptimConfig, *, num_steps: int, steps_per_epoch: float) -> None:
+    Attributes:
+        detector: what is trained.
+        evaluated: what is to be evaluated, saved as weights and deployed: with `ema_decay` the average of what
+            `detector` has been, else `detector` itself.
+        step: number of steps done.
+        signal: sum over ranks of what they said with the last step.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        config: OptimConfig,
+        *,
+        num_steps: int,
+        steps_per_epoch: float,
+        micro_batch: int | None = None,
+    ) -> None:
         """Prepare training.
 
         Args:
-            detector: on its device already.
+            detector: on its device already, with the weights to start from.
             config: the `optim:` section.
             num_steps: length of the run, for the schedule.
             steps_per_epoch: for milestones, which count epochs.
+            micro_batch: most images that are put through at once; a larger slice of the global batch goes in parts,
+                whose gradients are added up. None puts the slice through whole. Of a detector whose losses are per
+                image, as MimicDet's, the step is the same but for floating-point order.
+
+        Raises:
+            UserError: `micro_batch` is no number of images, or the detector has norms over the batch.
         """
+        if micro_batch is not None:
+            _check_micro_batch(detector, micro_batch)
         self.detector = detector
+        self.evaluated = detector if config.ema_decay is None else _average_of(detector)
         self.config = config
         self.num_steps = num_steps
         self.steps_per_epoch = steps_per_epoch
+        self.micro_batch = micro_batch
         self.step = 0
+        self.signal = 0.0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.optimizer = build_optimizer(detector, config)
         kind = next(detector.parameters()).device.type
@@ -96,10 +136,15 @@ class Engine:
                 self._objective, find_unused_parameters=True, broadcast_buffers=False
             )
 
-    def train_step(self, batch: Batch) -> dict[str, Tensor]:
+    def train_step(self, batch: Batch, signal: float = 0.0) -> dict[str, Tensor]:
         """Advance by one global step.
 
         With fp16 a step whose scaled gradient overflows leaves the weights alone and halves the scale.
+
+        Args:
+            batch: the rank's slice of the global batch, one image or more.
+            signal: what this rank has to tell all others, read by each as `self.signal` after the same step; whole
+                numbers are added up exactly.
 
         Returns:
             Means over the global batch of every loss and metric, with `loss` their weighted sum, `lr` and
@@ -107,7 +152,7 @@ class Engine:
             tensors without gradient, the same on every rank.
 
         Raises:
-            NonFiniteLossError: before the weights are touched.
+            NonFiniteLossError: before the weights are touched, on all ranks.
         """
         self.detector.train()
         self.detector.at_step(self.step)
@@ -115,9 +160,19 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        total, sums, sound = self._objective(batch)
-        means = self._reduce({"loss": total.detach() / self._share, **sums})
-        self._check_finite(means, batch, sound)
+        sums, sound = [], []
+        *parts, last = batch.parts(self.micro_batch)
+        for part in parts:  # ranks may have different numbers of them: no collectives here
+            with self._unshared():
+                total, told, fine = self._objective(part)
+                self._scaler.scale(total).backward()
+            sums.append(told)
+            sound.append(fine)
+        total, told, fine = self._objective(last)
+        # Before the last backward pass, which is where gradients are shared: no rank enters that collective unless
+        # all do, and while the network's gradients travel there is nothing else to wait for.
+        means = self._reduce([*sums, told], signal)
+        self._check_finite(means, batch, torch.cat([*sound, fine]))
         self._scaler.scale(total).backward()
         self._scaler.unscale_(self.optimizer)
         parameters = [p for p in self.detector.parameters() if p.grad is not None]
@@ -134,6 +189,7 @@ class Engine:
             self._check_finite({"grad_norm": norm}, batch)
         self._scaler.step(self.optimizer)
         self._scaler.update()
+        self._average()
         self.step += 1
         return answer
 
@@ -150,26 +206,66 @@ class Engine:
         what = "the batch's images" if sound is None else "the images that broke"
         raise NonFiniteLossError(f"step {self.step + 1}: {', '.join(broken)} over the global batch; {what}: {images}")
 
-    @property
-    def _share(self) -> float:
-        return self.world / self.config.global_batch
+    def _unshared(self) -> AbstractContextManager[object]:
+        if isinstance(self._objective, DistributedDataParallel):
+            return self._objective.no_sync()
+        return nullcontext()
 
-    def _reduce(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        packed = torch.stack([value.detach().float() for value in sums.values()])
+    def _reduce(self, parts: Sequence[Mapping[str, Tensor]], signal: float) -> dict[str, Tensor]:
+        """Means over the global batch of what each of the rank's parts has summed up; sets `self.signal`."""
+        sums = torch.stack([torch.stack([value.float() for value in part.values()]) for part in parts]).sum(0)
+        packed = torch.cat([sums, sums.new_tensor([signal])])
         if self.world > 1:
             dist.all_reduce(packed)
-        return dict(zip(sums, packed / self.config.global_batch, strict=True))
+        self.signal = float(packed[-1])
+        return dict(zip(parts[0], packed[:-1] / self.config.global_batch, strict=True))
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self.config.ema_decay is None:
+            return
+        # A function of the step, so that nothing but the average itself is to be saved.
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.evaluated.parameters()), list(self.detector.parameters()), 1 - decay)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state of `evaluated`; its tensors are those that the next step changes."""
+        return self.evaluated.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything besides the detector's weights that the next step depends on."""
-        return {"step": self.step, "optimizer": self.optimizer.state_dict(), "scaler": self._scaler.state_dict()}
+        """Everything besides `weights` that the next step depends on; its tensors are those that it changes."""
+        state = {"step": self.step, "optimizer": self.optimizer.state_dict(), "scaler": self._scaler.state_dict()}
+        if self.evaluated is not self.detector:
+            state["detector"] = self.detector.state_dict()
+        return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`; the detector's weights are loaded separately."""
+    def load_state_dict(self, state: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> None:
+        """Go on from `state_dict` and `weights`; without the latter, from those that `detector` was given before."""
+        if weights is not None:
+            self.detector.load_state_dict(weights)
+        if self.evaluated is not self.detector:
+            self.evaluated.load_state_dict(self.detector.state_dict())
+            self.detector.load_state_dict(state["detector"])
         self.step = int(state["step"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
+
+
+def _average_of(detector: Detector) -> Detector:
+    """A copy with weights of its own, and the very buffers: statistics are averages already."""
+    return deepcopy(detector, {id(buffer): buffer for buffer in detector.buffers()}).requires_grad_(False)
+
+
+def _check_micro_batch(detector: Detector, micro_batch: int) -> None:
+    if micro_batch < 1:
+        raise UserError(f"micro_batch {micro_batch}: expected 1 image or more, or null for no limit")
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in detector.modules()):
+        # Statistics would be those of a part, and ranks with more parts than others would wait for them for ever.
+        raise UserError(
+            f"micro_batch {micro_batch}: the detector's batch norms learn from the images that are put through at "
+            "once; expected null, or a norm of each image by itself, group_norm or frozen_bn"
+        )
 
 
 def build_optimizer(detector: Detector, config: OptimConfig) -> torch.optim.Optimizer:

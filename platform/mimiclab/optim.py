@@ -44,6 +44,11 @@ class OptimConfig:
     """Largest global norm of the gradient; None leaves it as it is."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What the forward pass computes in (autocast); weights, losses and boxes stay in fp32. fp16 scales the loss."""
+    ema_decay: float | None = None
+    """What is evaluated, saved and deployed are the weights averaged over about the last 1 / (1 - ema_decay) steps
+    (exponential moving average; EfficientDet, Tan et al. 2020, uses 0.9998); None is the last weights themselves.
+    After n steps the decay is at most (1 + n) / (10 + n), so that a young average forgets where it started (as in
+    TensorFlow's ExponentialMovingAverage)."""
 
     def __post_init__(self) -> None:
         _require(0 < self.lr < inf, f"lr must be positive, found {self.lr}")
@@ -56,6 +61,10 @@ class OptimConfig:
         _require(
             self.clip_norm is None or 0 < self.clip_norm < inf,
             f"clip_norm must be positive, or null for no clipping, found {self.clip_norm}",
+        )
+        _require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            f"ema_decay must be between 0 and 1, or null for no average, found {self.ema_decay}",
         )
         _require(
             (self.schedule == "step") == bool(self.milestones),

@@ -24,6 +24,7 @@ from mimiclab.data.dataset import EvalBatches, TrainBatches
 from mimiclab.data.order import Order, rank_slice
 from mimiclab.data.scenes import CLASSES, generate_scenes
 from mimiclab.engine import Batch, Engine, NonFiniteLossError, build_optimizer, evaluate_pass, learning_rate
+from mimiclab.errors import UserError
 from mimiclab.optim import OptimConfig
 
 TINY = ModelConfig(
@@ -51,10 +52,11 @@ def batches(dataset: CocoDataset, global_batch: int, rank: int = 0, world: int =
     return TrainBatches(dataset, order, short=64, long=64, flip=flip, rank=rank, world=world)
 
 
-def engine(config: OptimConfig, num_steps: int = 8) -> Engine:
+def engine(config: OptimConfig, num_steps: int = 8, micro_batch: int | None = None) -> Engine:
     torch.set_num_threads(1)  # sums in one order, whatever the machine
     torch.manual_seed(0)
-    return Engine(MimicDet(TINY, len(CLASSES)), config, num_steps=num_steps, steps_per_epoch=2)
+    detector = MimicDet(TINY, len(CLASSES))
+    return Engine(detector, config, num_steps=num_steps, steps_per_epoch=2, micro_batch=micro_batch)
 
 
 def train_and_record(root: Path, rank: int, world: int) -> dict[str, object]:
@@ -70,14 +72,18 @@ def train_and_record(root: Path, rank: int, world: int) -> dict[str, object]:
         "gradients": gradients,
         "weights": trained.detector.state_dict(),
         "branch": train_branch(rank, world),
+        "branch in parts": train_branch(rank, world, micro_batch=1),
     }
 
 
-def train_branch(rank: int, world: int) -> list[float]:
-    """The weights of a detector of which one weight is read by bright images only: on one rank, on none, on all."""
-    config = OptimConfig(lr=0.1, weight_decay=0.1, global_batch=2, warmup_steps=0, schedule="constant")
-    trained = Engine(Branch(), config, num_steps=10, steps_per_epoch=1)
-    for colours in ((10, 200), (10, 20), (210, 200)):
+def train_branch(rank: int, world: int, micro_batch: int | None = None) -> list[float]:
+    """The weights of a detector of which one weight is read by bright images only: on one rank, on none, on all.
+
+    Where a rank has it, it is the first of the rank's two.
+    """
+    config = OptimConfig(lr=0.1, weight_decay=0.1, global_batch=4, warmup_steps=0, schedule="constant")
+    trained = Engine(Branch(), config, num_steps=10, steps_per_epoch=1, micro_batch=micro_batch)
+    for colours in ((10, 20, 200, 30), (10, 20, 30, 40), (210, 20, 200, 220)):
         trained.train_step(plain_batch(*colours[rank_slice(len(colours), rank, world)]))
     return [weight.item() for weight in trained.detector.parameters()]
 
@@ -285,6 +291,75 @@ def test_the_loss_falls(dataset):
         assert mean(name, history[-5:]) < share * mean(name, history[:3]), name
 
 
+# ---- in parts ----
+
+
+def test_a_batch_in_parts_shares_its_images():
+    whole = plain_batch(1, 2, 3, 4, 5)
+
+    parts = whole.parts(2)
+
+    assert [part.image_ids for part in parts] == [[101, 102], [103, 104], [105]]
+    shared = [image for part in parts for image in part.images]
+    assert all(ours is theirs for ours, theirs in zip(shared, whole.images, strict=True))
+    assert [len(part.targets) for part in parts] == [2, 2, 1]
+    assert {part.pad_to for part in parts} == {whole.pad_to}
+    assert whole.parts(5) == whole.parts(9) == whole.parts(None) == [whole]
+
+
+def test_a_step_in_parts_is_the_same_but_for_the_order_of_sums(dataset):
+    items = batches(dataset, 4)
+    config = replace(SGD, global_batch=4)
+    whole, parts = engine(config), engine(config, micro_batch=3)
+
+    expected, means = whole.train_step(items[0]), parts.train_step(items[0])
+
+    assert means.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(means[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    for (name, weight), moved in zip(whole.detector.named_parameters(), parts.detector.parameters(), strict=True):
+        torch.testing.assert_close(moved, weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_no_more_images_than_asked_for_are_put_through_at_once():
+    seen = []
+    trained = Engine(Line(2), replace(SGD, global_batch=5), num_steps=10, steps_per_epoch=1, micro_batch=2)
+    losses = trained.detector.loss_terms
+    trained.detector.loss_terms = lambda images, *args, **named: (
+        seen.append((len(images), trained.detector.bias.grad is None)) or losses(images, *args, **named)
+    )
+
+    trained.train_step(plain_batch(1, 2, 3, 4, 5))
+
+    # Each part's gradient is there, and its graph gone, before the next part's turn.
+    assert seen == [(2, True), (2, False), (1, False)]
+
+
+def test_a_part_that_is_not_finite_stops_before_the_weights_move_and_names_its_image():
+    trained = Engine(Line(2), replace(SGD, global_batch=3), num_steps=10, steps_per_epoch=1, micro_batch=1)
+    broken = plain_batch(1, 2, 3)
+    broken.images[0] = broken.images[0] * math.nan
+
+    with pytest.raises(NonFiniteLossError, match=r"step 1: loss is nan.*; the images that broke: \[101\]"):
+        trained.train_step(broken)
+
+    assert torch.equal(trained.detector.matrix, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("micro_batch", [0, -2])
+def test_parts_of_no_image_are_refused(micro_batch):
+    with pytest.raises(UserError, match=f"micro_batch {micro_batch}: expected 1 image or more"):
+        Engine(Line(2), SGD, num_steps=10, steps_per_epoch=1, micro_batch=micro_batch)
+
+
+def test_parts_are_refused_where_norms_learn_from_the_batch():
+    detector = MimicDet(replace(TINY, backbone=replace(TINY.backbone, norm="sync_bn")), len(CLASSES))
+
+    Engine(detector, SGD, num_steps=10, steps_per_epoch=1)
+    with pytest.raises(UserError, match=r"micro_batch 4: the detector's batch norms .* group_norm or frozen_bn"):
+        Engine(detector, SGD, num_steps=10, steps_per_epoch=1, micro_batch=4)
+
+
 # ---- any number of workers ----
 
 
@@ -328,6 +403,7 @@ def test_a_weight_that_a_worker_s_images_do_not_read_is_no_hindrance(ranks):
     assert all(weight != 1 for weight in alone)
     for rank in ranks:
         assert rank["branch"] == pytest.approx(alone, rel=1e-6)
+        assert rank["branch in parts"] == pytest.approx(alone, rel=1e-6)
 
 
 def test_all_workers_hold_the_same(ranks):
