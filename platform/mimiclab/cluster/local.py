@@ -1,4 +1,4 @@
-"""A cluster on this machine, of one node: started in a session of its own, ended by its own processes' ids."""
+"""A cluster on this machine, of one node or several: its processes are its own, and it is ended by their ids."""
 
 from __future__ import annotations
 
@@ -7,100 +7,125 @@ import os
 import secrets
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 
 from mimiclab.cluster import jobs, state
-from mimiclab.cluster.server import VARIABLES, connect_local, resources
+from mimiclab.cluster.nodes import HEAD, HEAD_LABELS, OBJECT_STORE_BYTES, Node, Nodes, spawn, tree
+from mimiclab.cluster.server import connect_local, resources
 from mimiclab.cluster.state import LocalCluster
 from mimiclab.errors import UserError
 
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 20.0
-# Ray gives these to its workers.
-_WORKER_PORTS = range(10002, 20000)
 _LOOPBACK = "127.0.0.1"
 
 
-def up(num_cpus: int | None, say: Callable[[str], None]) -> LocalCluster:
-    """Start a cluster that outlives this command, and wait until it takes jobs.
+def up(
+    num_cpus: int | None,
+    say: Callable[[str], None],
+    *,
+    num_nodes: int = 0,
+    cpus_per_node: int = 1,
+    owned: bool = False,
+) -> LocalCluster:
+    """Start a cluster, and wait until it takes jobs and Ray knows its nodes.
 
     Args:
-        num_cpus: how many CPUs the node offers; by default as many as the machine has.
-        say: gets a line of progress now and then; a start takes 20 s and more.
+        num_cpus: how many CPUs the head offers; by default as many as the machine has, none where there are nodes.
+        say: gets a line of progress now and then; a start takes from 6 s on.
+        num_nodes: how many nodes it has beside the head. They are labelled as spot machines, the head as on-demand.
+        cpus_per_node: how many CPUs each of them offers.
+        owned: it belongs to this process, beside others, and not to the machine, which has one at most. If this
+            process ends without ending it, the next `up` or `down` does.
 
     Raises:
-        UserError: one runs already.
+        UserError: the machine's runs already.
         RuntimeError: it ended or takes no jobs within three minutes; with the end of its output.
     """
-    before = state.running()
+    _sweep(say)
+    before = None if owned else state.running()
     if before is not None:
         raise UserError(
             f"a cluster runs on this machine already, at {before.job_server}; expected none (mimiclab cluster down)"
         )
     # Not below $TMPDIR, which may be long: the path of a socket in it has at most 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="mimiclab-", dir="/tmp"))
-    head, job_server, client_server, agent = _free_ports(4)
+    head, job_server, client_server, agent = free_ports(4)
     environment = {
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
-        # Made for other systems; here it keeps every port on the loopback device, and the cluster to one node.
+        # Made for other systems; here it keeps every port on the loopback device.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
     if environment["RAY_AUTH_MODE"] == "token":
         make_sure_of_token()
-    with (folder / "head.log").open("wb") as output:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
-                *("--port", str(head), "--dashboard-host", _LOOPBACK, "--dashboard-port", str(job_server)),
-                # Without these, two clusters of a machine ask for the same ports, and the second takes no jobs.
-                *("--ray-client-server-port", str(client_server), "--dashboard-agent-listen-port", str(agent)),
-                *("--temp-dir", str(folder), "--disable-usage-stats"),
-                *(() if num_cpus is None else ("--num-cpus", str(num_cpus))),
-            ],
-            env={
-                **{name: value for name, value in os.environ.items() if name not in VARIABLES},
-                **environment,
-                # Asked to end, it would wait half a minute for what runs to move to other nodes.
-                "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    leader = psutil.Process(process.pid)
-    cluster = LocalCluster(
-        head=f"{_LOOPBACK}:{head}",
-        job_server=f"http://{_LOOPBACK}:{job_server}",
-        folder=str(folder),
-        environment=environment,
-        processes=state.identify([leader]),
+    if num_nodes:
+        num_cpus = num_cpus or 0
+    starter = spawn(
+        [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-name", HEAD),
+            *("--port", str(head), "--dashboard-host", _LOOPBACK, "--dashboard-port", str(job_server)),
+            # Without these, two nodes of a machine ask for the same ports.
+            *("--ray-client-server-port", str(client_server), "--dashboard-agent-listen-port", str(agent)),
+            *("--min-worker-port", "0", "--max-worker-port", "0"),
+            *("--temp-dir", str(folder), "--disable-usage-stats"),
+            *("--labels", ",".join(f"{key}={value}" for key, value in HEAD_LABELS.items())),
+            *(() if num_cpus is None else ("--num-cpus", str(num_cpus))),
+            *(("--object-store-memory", str(OBJECT_STORE_BYTES)) if num_nodes else ()),
+        ],
+        folder / "head.log",
+        environment,
     )
-    cluster.write()  # before it answers, so that `down` ends it whatever happens to this command
+    [owner] = state.identify([psutil.Process()])
+    nodes = Nodes(
+        LocalCluster(
+            head=f"{_LOOPBACK}:{head}",
+            job_server=f"http://{_LOOPBACK}:{job_server}",
+            folder=str(folder),
+            environment=environment,
+            processes=state.identify([starter]),
+            name=folder.name.replace("mimiclab", state.MACHINE) if owned else state.MACHINE,
+            owner=owner if owned else None,
+        )
+    )
+    nodes.cluster.write()  # before it answers, so that `down` ends it whatever happens to this command
     try:
-        say(f"starting a head at {cluster.head}, its files in {folder}")
-        _wait_for_jobs(cluster, agent, process, say)
+        say(f"starting a head at {nodes.cluster.head}, its files in {folder}")
+        _wait_for(lambda: _listens(head), "its head", starter, nodes.cluster, say)
+        started = [nodes.start(num_cpus=cpus_per_node) for _ in range(num_nodes)]
+        _wait_for(lambda: _takes_jobs(nodes.cluster, agent), "its job server", starter, nodes.cluster, say)
+        for name in (HEAD, *started):
+            nodes.wait_alive(name)
     except BaseException:
-        _end(cluster)
+        end(nodes.cluster)
         raise
-    processes = state.identify([leader, *leader.children(recursive=True)])
-    cluster = LocalCluster(**{**vars(cluster), "processes": processes})
-    cluster.write()
-    return cluster
+    return nodes.cluster
+
+
+@contextlib.contextmanager
+def owned_cluster(say: Callable[[str], None], *, num_nodes: int, cpus_per_node: int = 1) -> Iterator[Nodes]:
+    """A cluster for as long as the context lasts, beside others; see `up`. Its head offers no CPUs.
+
+    To connect, a driver needs `nodes.cluster.environment` before it imports Ray.
+    """
+    nodes = Nodes(up(0, say, num_nodes=num_nodes, cpus_per_node=cpus_per_node, owned=True))
+    try:
+        yield nodes
+    finally:
+        end(nodes.cluster)
 
 
 def down(say: Callable[[str], None]) -> bool:
     """End the cluster of this machine, its jobs first and as `jobs stop` does; False where there was none."""
+    swept = _sweep(say)
     cluster = state.remembered()
     if cluster is None:
-        return False
+        return swept
     if cluster.running():
         with contextlib.suppress(UserError):  # one that does not answer is ended all the same
             client = connect_local(cluster)
@@ -108,9 +133,29 @@ def down(say: Callable[[str], None]) -> bool:
                 if not job.is_over:
                     say(f"stopping job {job.id}")
                     jobs.stop(client, job.id)
-    num = _end(cluster)
-    say(f"ended {num} processes and removed {cluster.folder}")
+    say(f"ended {end(cluster)} processes and removed {cluster.folder}")
     return True
+
+
+def end(cluster: LocalCluster) -> int:
+    """End what is left of a cluster, forget it and remove its folder; return how many processes there were."""
+    processes = tree(cluster.running())
+    starters = cluster.starters()
+    # They end the others in good order; as a rule nothing is left after them.
+    for some, action in (
+        (starters, psutil.Process.terminate),
+        (processes, psutil.Process.terminate),
+        (processes, psutil.Process.kill),
+    ):
+        for process in filter(state.is_alive, some):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                action(process)
+        deadline = time.monotonic() + _STOP_TIMEOUT_S
+        while any(map(state.is_alive, some)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    state.forget(cluster.name)
+    shutil.rmtree(cluster.folder, ignore_errors=True)
+    return len(processes)
 
 
 def describe(cluster: LocalCluster) -> list[tuple[str, str]]:
@@ -129,8 +174,9 @@ def describe(cluster: LocalCluster) -> list[tuple[str, str]]:
         ("head", cluster.head),
         ("offers", devices),
         ("jobs", f"{sum(not job.is_over for job in submitted)} not ended of {len(submitted)}"),
-        ("processes", f"{len(_tree(cluster))} since {started}"),
+        ("processes", f"{len(tree(cluster.running()))} since {started}"),
         ("logs", f"{cluster.folder}/session_latest/logs"),
+        *((node.name, _describe(node)) for node in Nodes(cluster).all()),
     ]
 
 
@@ -143,60 +189,62 @@ def make_sure_of_token() -> None:
         path.write_text(secrets.token_hex(32))
 
 
-def _wait_for_jobs(
-    cluster: LocalCluster, agent: int, process: subprocess.Popen[bytes], say: Callable[[str], None]
+def _describe(node: Node) -> str:
+    devices = ", ".join(f"{node.resources.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
+    labels = " ".join(f"{key}={value}" for key, value in sorted(node.labels.items()) if key != "ray.io/node-id")
+    until = f" until {time.strftime('%H:%M:%S', time.localtime(node.deadline))}" if node.deadline else ""
+    return f"{node.state}{until}: " + (node.death or f"{devices}; {labels}")
+
+
+def _sweep(say: Callable[[str], None]) -> bool:
+    """End the clusters whose owner ended without; whether there were any."""
+    abandoned = state.abandoned()
+    for cluster in abandoned:
+        say(f"ended {end(cluster)} processes of an abandoned cluster and removed {cluster.folder}")
+    return bool(abandoned)
+
+
+def _wait_for(
+    condition: Callable[[], bool],
+    what: str,
+    starter: psutil.Process,
+    cluster: LocalCluster,
+    say: Callable[[str], None],
 ) -> None:
     start = time.monotonic()
     next_word = 5.0
-    while process.poll() is None and (elapsed := time.monotonic() - start) < _START_TIMEOUT_S:
-        # The server answers first; then the node is there, and last the agent on it that starts jobs.
-        with contextlib.suppress(UserError, OSError):
-            client = connect_local(cluster)
-            socket.create_connection((_LOOPBACK, agent), timeout=1).close()
-            if "CPU" in resources(client):
-                return
+    while state.is_alive(starter) and (elapsed := time.monotonic() - start) < _START_TIMEOUT_S:
+        if condition():
+            return
         if elapsed > next_word:
-            say(f"waiting for its job server ({elapsed:.0f} s of at most {_START_TIMEOUT_S:.0f} s)")
+            say(f"waiting for {what} ({elapsed:.0f} s of at most {_START_TIMEOUT_S:.0f} s)")
             next_word += 10
-        time.sleep(0.5)
+        time.sleep(0.1)
     output = (Path(cluster.folder) / "head.log").read_text(errors="replace")[-2000:]
     raise RuntimeError(f"Ray's head at {cluster.head} did not start:\n{output}")
 
 
-def _end(cluster: LocalCluster) -> int:
-    """End what is left of a cluster, forget it and remove its folder; return how many processes there were."""
-    tree = _tree(cluster)
-    head = cluster.running()[:1]
-    # The head ends the others in good order; as a rule nothing is left after it.
-    for processes, end in (
-        (head, psutil.Process.terminate),
-        (tree, psutil.Process.terminate),
-        (tree, psutil.Process.kill),
-    ):
-        for process in filter(state.is_alive, processes):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                end(process)
-        deadline = time.monotonic() + _STOP_TIMEOUT_S
-        while any(map(state.is_alive, processes)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-    state.forget()
-    shutil.rmtree(cluster.folder, ignore_errors=True)
-    return len(tree)
+def _listens(port: int) -> bool:
+    with contextlib.suppress(OSError):
+        socket.create_connection((_LOOPBACK, port), timeout=1).close()
+        return True
+    return False
 
 
-def _tree(cluster: LocalCluster) -> set[psutil.Process]:
-    tree: set[psutil.Process] = set()
-    for process in cluster.running():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            tree |= {process, *process.children(recursive=True)}
-    return tree
+def _takes_jobs(cluster: LocalCluster, agent: int) -> bool:
+    # The server answers first; then the node is there, and last the agent on it that starts jobs.
+    with contextlib.suppress(UserError):
+        client = connect_local(cluster)
+        return _listens(agent) and "memory" in resources(client)
+    return False
 
 
-def _free_ports(num: int) -> list[int]:
+def free_ports(num: int) -> list[int]:
+    """So many ports of the loopback device that nothing listens on."""
     with contextlib.ExitStack() as stack:
         ports: set[int] = set()
         while len(ports) < num:
             probe = stack.enter_context(socket.socket())
             probe.bind((_LOOPBACK, 0))
-            ports |= {int(probe.getsockname()[1])} - set(_WORKER_PORTS)
+            ports.add(int(probe.getsockname()[1]))
         return list(ports)

@@ -1,14 +1,17 @@
-"""What is remembered of the cluster that was started on this machine, from one command to the next."""
+"""What is remembered of the clusters that were started on this machine, from one command to the next."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
+
+MACHINE = "cluster"
+"""Name of the one cluster that commands mean where they are told of no other."""
 
 # The time at which a process started is computed from the clock, which may be set in between.
 _CLOCK_S = 2.0
@@ -36,11 +39,16 @@ class LocalCluster:
     environment: dict[str, str]
     """Ray's settings that its head was started with, and that whoever connects needs too."""
     processes: tuple[ProcessId, ...]
-    """The head first, then what it had started by the time it answered."""
+    """The head first, then what it and the other nodes had started by the time they answered."""
+    nodes: dict[str, ProcessId] = field(default_factory=dict)
+    """The process that started each node beside the head, and ends with it, by the node's name; also of those gone."""
+    name: str = MACHINE
+    owner: ProcessId | None = None
+    """The process that the cluster shall not outlive; None where it runs until `cluster down`."""
 
     def write(self) -> None:
         """Remember this cluster."""
-        path = state_file()
+        path = state_file(self.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".new")
         aside.write_text(json.dumps(asdict(self), indent=1))
@@ -48,23 +56,39 @@ class LocalCluster:
 
     def running(self) -> list[psutil.Process]:
         """Those of its processes that still run."""
-        return [process for process in map(_find, self.processes) if process is not None]
+        return _found(self.processes)
+
+    def starters(self) -> list[psutil.Process]:
+        """The processes that still run of those that started a node each, the head's first."""
+        return _found([*self.processes[:1], *self.nodes.values()])
 
 
-def state_file() -> Path:
-    """The file that remembers: below $XDG_STATE_HOME, by default ~/.local/state."""
+def state_file(name: str = MACHINE) -> Path:
+    """The file that remembers a cluster: below $XDG_STATE_HOME, by default ~/.local/state."""
     home = os.environ.get("XDG_STATE_HOME")
-    return (Path(home) if home else Path.home() / ".local" / "state") / "mimiclab" / "cluster.json"
+    return (Path(home) if home else Path.home() / ".local" / "state") / "mimiclab" / f"{name}.json"
 
 
-def remembered() -> LocalCluster | None:
-    """The cluster that was started last and not ended since, whether or not it still runs."""
+def remembered(name: str = MACHINE) -> LocalCluster | None:
+    """The cluster of that name that was started last and not ended since, whether or not it still runs."""
     try:
-        record = json.loads(state_file().read_text())
+        record = json.loads(state_file(name).read_text())
     except FileNotFoundError:
         return None
-    processes = tuple(ProcessId(**process) for process in record["processes"])
-    return LocalCluster(**{**record, "processes": processes})
+    owner = record.get("owner")
+    return LocalCluster(
+        **{
+            **record,
+            "processes": tuple(ProcessId(**process) for process in record["processes"]),
+            "nodes": {node: ProcessId(**process) for node, process in record.get("nodes", {}).items()},
+            "owner": None if owner is None else ProcessId(**owner),
+        }
+    )
+
+
+def abandoned() -> list[LocalCluster]:
+    """The clusters whose owner ended without ending them."""
+    return [cluster for cluster in _all() if cluster.owner is not None and find(cluster.owner) is None]
 
 
 def running() -> LocalCluster | None:
@@ -74,24 +98,24 @@ def running() -> LocalCluster | None:
 
 
 def running_at(address: str) -> LocalCluster | None:
-    """The cluster of this machine where that is its address; this process then has Ray's settings for it.
+    """The cluster on this machine that has that address; this process then has Ray's settings for it.
 
     To be called before Ray is imported, which reads them once. What the user has set comes first.
     """
-    cluster = running()
-    if cluster is None or address not in (cluster.head, cluster.job_server):
-        return None
-    for name, value in cluster.environment.items():
-        os.environ.setdefault(name, value)
-    return cluster
+    for cluster in _all():
+        if address in (cluster.head, cluster.job_server) and cluster.running():
+            for name, value in cluster.environment.items():
+                os.environ.setdefault(name, value)
+            return cluster
+    return None
 
 
-def forget() -> None:
-    """Remember no cluster."""
-    state_file().unlink(missing_ok=True)
+def forget(name: str = MACHINE) -> None:
+    """Remember no cluster of that name."""
+    state_file(name).unlink(missing_ok=True)
 
 
-def identify(processes: Sequence[psutil.Process]) -> tuple[ProcessId, ...]:
+def identify(processes: Iterable[psutil.Process]) -> tuple[ProcessId, ...]:
     """What to remember of processes."""
     return tuple(ProcessId(process.pid, process.create_time()) for process in processes)
 
@@ -104,10 +128,21 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def _find(known: ProcessId) -> psutil.Process | None:
+def find(known: ProcessId) -> psutil.Process | None:
+    """A process that was known before; None where it has ended."""
     try:
         process = psutil.Process(known.pid)
         same = abs(process.create_time() - known.started) < _CLOCK_S
     except psutil.NoSuchProcess:
         return None
     return process if same and is_alive(process) else None
+
+
+def _found(known: Iterable[ProcessId]) -> list[psutil.Process]:
+    return [process for process in map(find, known) if process is not None]
+
+
+def _all() -> list[LocalCluster]:
+    """What is remembered, the cluster of this machine first."""
+    names = sorted(path.stem for path in state_file().parent.glob(f"{MACHINE}*.json"))
+    return [cluster for cluster in map(remembered, names) if cluster is not None]
