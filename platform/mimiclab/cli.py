@@ -397,14 +397,23 @@ def _follow(client: JobSubmissionClient, job: str) -> None:
 @cluster_app.command("up")
 def cluster_up(
     num_cpus: Annotated[
-        int | None, typer.Option(help="CPUs that it offers; as many as the machine has by default.", min=1)
+        int | None,
+        typer.Option(
+            help="CPUs that its head offers; by default as many as the machine has, none with --nodes.", min=0
+        ),
     ] = None,
+    nodes: Annotated[
+        int, typer.Option(metavar="N", help="Nodes beside the head, labelled as spot machines.", min=0)
+    ] = 0,
+    cpus_per_node: Annotated[
+        int, typer.Option(metavar="K", help="CPUs that each of them offers, whatever the machine has.", min=1)
+    ] = 1,
     verbose: Verbose = False,
 ) -> None:
     """Start a cluster on this machine; it runs until `cluster down`."""
     from mimiclab.cluster import local
 
-    _describe(local.up(num_cpus, typer.echo))
+    _describe(local.up(num_cpus, typer.echo, num_nodes=nodes, cpus_per_node=cpus_per_node))
 
 
 @cluster_app.command("status")
@@ -426,6 +435,49 @@ def cluster_down(verbose: Verbose = False) -> None:
 
     if not local.down(typer.echo):
         typer.echo("no cluster runs on this machine")
+
+
+@app.command()
+def drill(
+    experiment: ExperimentFile,
+    events: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND@STEP,...",
+            help="What happens when, as kill-worker@20,kill-node@45,drain@70:20s,add-node@90,kill-driver@95.",
+        ),
+    ] = None,
+    random: Annotated[int | None, typer.Option(metavar="N", help="Draw N events instead.", min=1)] = None,
+    seed: Annotated[int, typer.Option(metavar="S", help="Of what is drawn: events, and whom they hit.")] = 0,
+    elastic: Annotated[
+        bool, typer.Option("--elastic", help="Go on with fewer workers where a node is lost; no node takes its place.")
+    ] = False,
+    tolerance: Annotated[
+        float, typer.Option(help="Largest difference of AP where the number of workers changed.", min=0)
+    ] = 0.05,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train the undisturbed run anew, too.")] = False,
+    overrides: Overrides = None,
+    verbose: Verbose = False,
+) -> None:
+    """Train on a cluster of its own, once undisturbed and once losing machines; exit with 1 if it matters."""
+    from rich.console import Console
+
+    from mimiclab.drill.drill import drill
+    from mimiclab.experiment import load_experiment
+
+    findings = drill(
+        load_experiment(experiment, overrides or ()),
+        events=events,
+        num_random=random,
+        seed=seed,
+        elastic=elastic,
+        tolerance=tolerance,
+        fresh=fresh,
+        console=Console(soft_wrap=True, markup=False),
+        verbose=verbose,
+    )
+    if not findings.hold:
+        raise typer.Exit(1)
 
 
 @app.command("spot-watch")

@@ -7,3 +7,7 @@ class UserError(Exception):
     The message names the file, key or image, what was found and what was expected. The command
     line prints it without a traceback and exits with 2.
     """
+
+
+class NoRetryError(RuntimeError):
+    """Training cannot go on, and would fail in the same way if it were tried again; nobody's wrong input."""

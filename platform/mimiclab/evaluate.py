@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,13 +41,20 @@ class Evaluation:
 
 
 def evaluate(
-    detector: Detector, dataset: CocoDataset, data: DataConfig, config: EvalConfig, *, rank: int, world: int
+    detector: Detector,
+    dataset: CocoDataset,
+    data: DataConfig,
+    config: EvalConfig,
+    *,
+    rank: int,
+    world: int,
+    between: Callable[[], object] = lambda: None,
 ) -> Evaluation | None:
     """Detect on this rank's share of the images, gather once, score on rank 0.
 
-    Every rank has to call it; all but rank 0 get None.
+    Every rank has to call it; all but rank 0 get None. `between` is called after every batch.
     """
-    share = detect(detector, dataset, data, config, rank=rank, world=world)
+    share = detect(detector, dataset, data, config, rank=rank, world=world, between=between)
     shares: list[dict[str, Detections] | None] = [share]
     if world > 1:
         shares = [None] * world
@@ -56,7 +63,14 @@ def evaluate(
 
 
 def detect(
-    detector: Detector, dataset: CocoDataset, data: DataConfig, config: EvalConfig, *, rank: int, world: int
+    detector: Detector,
+    dataset: CocoDataset,
+    data: DataConfig,
+    config: EvalConfig,
+    *,
+    rank: int,
+    world: int,
+    between: Callable[[], object] = lambda: None,
 ) -> dict[str, Detections]:
     """Each head's detections (n, 7) on this rank's share of the images; no head where the share is empty."""
     batches = EvalBatches(
@@ -73,6 +87,7 @@ def detect(
         for head, answers in heads.items():
             for record, found in zip(batches.records(item), answers, strict=True):
                 rows.setdefault(head, []).append(_rows(record, found, dataset, data))
+        between()
     return {head: np.concatenate(parts) for head, parts in rows.items()}
 
 

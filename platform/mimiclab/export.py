@@ -48,7 +48,7 @@ def export(run: Run, format: Format, output: Path | None, say: Callable[[str], o
     Args:
         run: of MimicDet.
         format: `onnx`, or `torch` for a .pt2.
-        output: file to write; the run's name in its folder by default.
+        output: file to write; by default one named as the run, in its folder, or in the current one of a remote run.
         say: gets a line at a time: what was written, and how far it is from the detector.
 
     Returns:
@@ -57,10 +57,10 @@ def export(run: Run, format: Format, output: Path | None, say: Callable[[str], o
     Raises:
         UserError: the run is of another detector, the file cannot be written, or packages are missing.
     """
-    file = (output or run.folder / f"{run.folder.name}{SUFFIXES[format]}").absolute()
+    file = (output or (run.storage.local or Path()) / f"{run.name}{SUFFIXES[format]}").absolute()
     experiment = run.located()
     if experiment.model.detector != "mimicdet":
-        raise UserError(f"run {run.folder.name}: its detector is {experiment.model.detector}, expected a MimicDet run")
+        raise UserError(f"run {run.name}: its detector is {experiment.model.detector}, expected a MimicDet run")
     if format == "onnx":
         _check_packages()
     if file.is_dir() or not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
@@ -74,7 +74,7 @@ def export(run: Run, format: Format, output: Path | None, say: Callable[[str], o
         checked = check(aside, format, detector, _random_image(experiment))
         aside.replace(file)
     except ValueError as error:
-        raise UserError(f"run {run.folder.name}: {error}") from error
+        raise UserError(f"run {run.name}: {error}") from error
     except OSError as error:
         raise UserError(f"{file}: cannot be written: {error.strerror}") from error
     finally:
@@ -145,7 +145,7 @@ def _check_packages() -> None:
 def _metadata(run: Run, experiment: Experiment) -> dict[str, str]:
     inference = experiment.model.inference
     return {
-        "run": run.folder.name,
+        "run": run.name,
         "step": str(run.best().step),
         "mimiclab": version("mimiclab"),
         "classes": json.dumps(run.classes),

@@ -19,6 +19,7 @@ _EXPECTED = {
     "tuple_type": "a list",
     "model_type": "a section of keys",
     "dataclass_type": "a section of keys",
+    "dict_type": "a section of keys",
     "literal_error": "{expected}",
     "string_too_short": "text that is not empty",
     "too_long": "at most {max_length} values",

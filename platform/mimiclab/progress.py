@@ -1,35 +1,70 @@
 """What a run tells the person who waits for it.
 
-Rank 0 appends events to a file in the run's folder; the driver follows that file. Ray's own forwarding of
-workers' output mixes all processes' noise, and this file also stays behind as the run's log.
+The driver shows what its workers tell, see inbox.py, and leaves it in the run's folder as its log.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-Event = dict[str, Any]
+from mimiclab.errors import UserError
+from mimiclab.inbox import Event
+from mimiclab.storage import MissingError, Storage
 
 # On a terminal the bar moves with every event; elsewhere a line is printed about so often.
 _SECONDS_PER_LINE = 15.0
+# How often the log of a run in a bucket, where nothing can be appended, is written anew.
+_REMOTE_LOG_S = 30.0
+
+PROGRESS = "progress.jsonl"
+"""Name of the file in a run's folder."""
 
 
-class ProgressWriter:
-    """Appends events, a JSON object per line."""
+class ProgressLog:
+    """The events of a run, a JSON object per line of a file in its folder; those of earlier drivers stay."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", buffering=1)
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._lines: list[str] = []
+        self._file: TextIO | None = None
+        self._written = time.monotonic()
+        if storage.local is not None:
+            self._file = (storage.local / PROGRESS).open("a", buffering=1)
+        else:
+            with contextlib.suppress(MissingError):
+                self._lines.append(storage.read(PROGRESS).decode())
 
-    def write(self, kind: str, **fields: Any) -> None:
-        """Record an event of a kind with its fields."""
-        self._file.write(json.dumps({"kind": kind, "time": time.time(), **fields}) + "\n")
+    def write(self, event: Event) -> None:
+        """Add an event."""
+        line = json.dumps(event) + "\n"
+        if self._file is not None:
+            self._file.write(line)
+            return
+        self._lines.append(line)
+        if time.monotonic() - self._written > _REMOTE_LOG_S:
+            self._put()
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._file is not None:
+            self._file.close()
+        else:
+            self._put()
+
+    def _put(self) -> None:
+        self._written = time.monotonic()
+        try:
+            self._storage.write(PROGRESS, "".join(self._lines).encode())
+        except UserError:  # a log is no reason to end a run; the next time has it all
+            return
 
 
 class ProgressReader:
@@ -75,7 +110,7 @@ class ProgressView:
         if self._bar is not None:
             self._bar.stop()
 
-    def show(self, event: Mapping[str, Any]) -> None:
+    def show(self, event: Event) -> None:
         """Show one event."""
         kind = event["kind"]
         if kind == "step":
@@ -88,10 +123,14 @@ class ProgressView:
                 if f"{head}/AP" in metrics
             ]
             self._console.print(f"epoch {event['epoch']:g}: {', '.join(parts)}", highlight=False)
-        else:
-            self._console.print(event["text"], highlight=False)
+        elif kind == "text":
+            self.say(event["text"])
 
-    def _show_step(self, event: Mapping[str, Any]) -> None:
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, highlight=False, markup=False)
+
+    def _show_step(self, event: Event) -> None:
         text = (
             f"step {event['step']}/{event['num_steps']}  loss {event['loss']:.3f}  {event['images_per_s']:.1f} images/s"
         )

@@ -39,6 +39,12 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _count_or(word: str, value: object) -> object:
+    if value != word and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"found {json.dumps(value)}, expected a whole number above 0, or {word}")
+    return value
+
+
 class Split(_Section):
     """One part of a data set: COCO's format, `annotations` and `images`, or what `mimiclab data pack` made of it."""
 
@@ -186,25 +192,84 @@ class EvalConfig(_Section):
     """Proposals per image that the teacher is evaluated on."""
     num_pictures: NonNegativeInt = 8
     """Validation images that are logged with their detections."""
+    metric: Text = "student/AP"
+    """What the best weights are best by; any metric of an evaluation."""
+    mode: Literal["max", "min"] = "max"
+    patience: PositiveInt | None = None
+    """Evaluations in a row without a better value after which training ends; null for never."""
 
 
 class CheckpointConfig(_Section):
     """How often the state of a run is written, and how much of it is kept."""
 
-    every_steps: PositiveInt = 50
-    """Besides the end of every epoch."""
+    every_steps: PositiveInt | Literal["auto"] = 50
+    """Besides the end of every epoch. auto weighs a checkpoint's cost, as measured, against `scale.mtbf_minutes`."""
     keep: PositiveInt = 2
-    """How many of the newest checkpoints are kept."""
+    """How many of the newest checkpoints are kept, besides the best one; as many that a notice made."""
+
+    @field_validator("every_steps", mode="plain")
+    @classmethod
+    def _check_every_steps(cls, value: object) -> object:
+        # By hand: of a union pydantic reports a mistake for each member.
+        return _count_or("auto", value)
+
+
+class Workers(_Section):
+    """How many workers: as many as there is room for, from `min` to `max`. In a file also a single number."""
+
+    min: PositiveInt
+    max: PositiveInt
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_number(cls, value: object) -> object:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            return {"min": value, "max": value}
+        if not isinstance(value, dict | Workers):
+            raise ValueError(
+                f"found {json.dumps(value)}, expected a whole number above 0, or both as in {{min: 1, max: 8}}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Workers:
+        if self.min > self.max:
+            raise ValueError(f"min must not be above max, found min {self.min} and max {self.max}")
+        return self
+
+    @model_serializer
+    def _as_written(self) -> int | dict[str, int]:
+        return self.max if self.min == self.max else {"min": self.min, "max": self.max}
+
+    def __str__(self) -> str:
+        return str(self.max) if self.min == self.max else f"{self.min} to {self.max}"
 
 
 class ScaleConfig(_Section):
     """How large: the speed of a run, not what it computes."""
 
-    workers: PositiveInt = 1
+    workers: Workers = Workers(min=1, max=1)
+    """A range lets a run go on with fewer while machines are gone, and grow when they come."""
     gpu: bool = False
     """One GPU per worker."""
     threads: PositiveInt = 1
     """CPU threads per worker."""
+    micro_batch: PositiveInt | None = None
+    """Most images that a worker computes at once; of more, gradients are added up. Null: all that it has of a step."""
+    label_selector: dict[Text, Text] = {}
+    """Labels of the nodes that workers may run on, as `ray.io/market-type: spot`."""
+    accelerator_type: Text | None = None
+    """Ray's name of a GPU, as A10G; null for any."""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """How workers are spread over nodes: few of them or many, as far as it goes or strictly."""
+    collective_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """How long workers wait for each other within a step before they take one for lost."""
+    mtbf_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Mean time between preemptions of any of the run's machines, as expected; for `checkpoint.every_steps: auto`."""
+    max_crashes: NonNegativeInt = 3
+    """Crashes in a row, without a new checkpoint between them, after which a run gives up at the next one."""
+    max_preemptions: NonNegativeInt | None = None
+    """Machines that may be taken from a run before it gives up; null for any number."""
 
 
 class WhereConfig(_Section):
@@ -216,6 +281,16 @@ class WhereConfig(_Section):
     """MLflow's tracking URI."""
     project: Text = "mimiclab"
     """Name of the MLflow experiment that runs are listed under."""
+
+    @field_validator("storage")
+    @classmethod
+    def _check_storage(cls, storage: str) -> str:
+        if "://" in storage and "@" in storage.split("://", 1)[1].split("/", 1)[0]:
+            raise ValueError(
+                "found credentials in the URI, which goes into every record of a run; expected them where the store's "
+                "own tools look, as in the environment"
+            )
+        return storage
 
 
 class SearchConfig(_Section):
@@ -238,10 +313,7 @@ class SearchConfig(_Section):
     @field_validator("max_concurrent", mode="plain")
     @classmethod
     def _check_max_concurrent(cls, value: object) -> object:
-        # By hand: of a union pydantic reports a mistake for each member.
-        if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"found {json.dumps(value)}, expected a whole number above 0, or auto")
-        return value
+        return _count_or("auto", value)
 
     @field_validator("space", mode="before")
     @classmethod
@@ -276,11 +348,21 @@ class Experiment(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Experiment:
-        if self.optim.global_batch < self.scale.workers:
+        if self.optim.global_batch < self.scale.workers.max:
             raise ValueError(
                 "every worker needs an image of each step: optim.global_batch must be at least "
                 f"scale.workers, found optim.global_batch {self.optim.global_batch} "
-                f"and scale.workers {self.scale.workers}"
+                f"and scale.workers {self.scale.workers.max}"
+            )
+        if self.checkpoint.every_steps == "auto" and self.scale.mtbf_minutes is None:
+            raise ValueError(
+                "checkpoint.every_steps: auto weighs the cost of a checkpoint against how often machines go: "
+                "expected scale.mtbf_minutes, or a number of steps"
+            )
+        if self.model.backbone.norm == "sync_bn" and self.scale.micro_batch is not None:
+            raise ValueError(
+                "scale.micro_batch: with model.backbone.norm sync_bn every worker has to compute all of its images "
+                "at once; expected scale.micro_batch null, or the norm frozen_bn or group_norm"
             )
         if self.model.backbone.norm == "sync_bn" and not self.scale.gpu:
             raise ValueError(

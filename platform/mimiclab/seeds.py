@@ -93,10 +93,10 @@ def train_seeds(
     from mimiclab.tracking.ui import place_of
 
     experiment, experiments = loaded.experiment, plan(loaded, num)
-    # The seed changes nothing of what is looked at.
-    splits = check(experiment, console, fresh=fresh)
     for each in experiments:
         runs.check(each, fresh=fresh)
+    # The seed changes nothing of what is looked at.
+    splits = check(experiment, console, fresh=fresh)
     if not fresh:
         _refuse_longer(experiments, splits)
 
@@ -193,7 +193,7 @@ def _newest(experiment: Experiment) -> dict[str, Any] | None:
     """What the newest sound checkpoint of a run says, None where there is none."""
     from mimiclab import checkpoint
 
-    newest = checkpoint.latest(runs.folder_of(experiment) / runs.CHECKPOINTS, warn=lambda _: None)
+    newest = checkpoint.latest(runs.storage_of(experiment) / runs.CHECKPOINTS, warn=lambda _: None, deep=False)
     return None if newest is None else newest.meta
 
 
@@ -210,7 +210,7 @@ def _refuse_longer(experiments: Sequence[Experiment], splits: Splits) -> None:
         newest, expected = _newest(each), num_steps(each, splits)
         if newest is not None and newest["step"] > expected:
             raise UserError(
-                f"run {runs.folder_of(each)}: it was trained to step {newest['step']} already, expected at most "
+                f"run {runs.storage_of(each).name}: it was trained to step {newest['step']} already, expected at most "
                 f"{expected} (optim.epochs: {each.optim.epochs}), since all seeds are to train for as long; "
                 "give more epochs, another name, or start all anew with --fresh"
             )

@@ -18,8 +18,10 @@ ENVIRONMENT = {
     # Relative paths of an experiment mean the same on a worker as where the command ran.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    # One process fewer; nothing here asks for notices yet.
+    # One process fewer: rank 0 asks for notices itself, see preemption.py.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # How long workers wait for a node that has just died, and that Ray still counts, before it looks again.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
     # Started by `uv run`, every node would build an environment of its own.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -112,9 +114,9 @@ def check_resources(found: dict[str, float], scale: ScaleConfig) -> None:
         UserError: it cannot; the message names what lacks.
     """
     for kind, each in resources_per_worker(scale).items():
-        if scale.workers * each > found.get(kind, 0):
+        if scale.workers.min * each > found.get(kind, 0):
             raise UserError(
-                f"scale: {scale.workers} workers of {each:g} {kind} each need {scale.workers * each:g}, found "
+                f"scale: {scale.workers.min} workers of {each:g} {kind} each need {scale.workers.min * each:g}, found "
                 f"{found.get(kind, 0):g} in the cluster; expected fewer workers"
                 + (", fewer threads" if kind == "CPU" else "")
                 + " or a larger cluster"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from mimiclab.checkpoint import WEIGHTS
 from mimiclab.errors import UserError
 from mimiclab.runs import PICTURES, Run
 from mimiclab.schema import Experiment
+from mimiclab.storage import Storage
 from mimiclab.tables import heads_table
 
 
@@ -20,11 +22,11 @@ def show_result(run: Run, experiment: Experiment, console: Console) -> None:
     from mimiclab.tracking.ui import place_of
 
     best = run.best()
-    title = f"{run.folder.name}, best at step {best.step}, {len(run.classes)} classes"
+    title = f"{run.name}, best at step {best.step}, {len(run.classes)} classes"
     console.print(heads_table(best.meta["metrics"], title))
     for name, where in (
-        ("weights", _short(best.path / WEIGHTS)),
-        ("pictures", _short(run.folder / PICTURES)),
+        ("weights", _shown(best.storage, WEIGHTS)),
+        ("pictures", _shown(run.storage, PICTURES)),
         ("MLflow", place_of(run.tracking, run.mlflow_run_id)),
         ("try it", f"mimiclab predict {_reference(run, experiment)} IMAGE..."),
     ):
@@ -42,13 +44,13 @@ def evaluate_run(run: Run, console: Console) -> None:
     if splits.val.classes != run.classes:
         raise UserError(
             f"{splits.val.origin} has the classes {list(splits.val.classes)}, "
-            f"expected those that run {run.folder.name} was trained for: {list(run.classes)}"
+            f"expected those that run {run.name} was trained for: {list(run.classes)}"
         )
     console.print(f"evaluating {len(splits.val.images)} images of {splits.val.origin}", highlight=False)
     detector = load_detector(run, experiment)
     result = evaluate(detector, splits.val, experiment.data, experiment.eval, rank=0, world=1)
     assert result is not None  # rank 0's
-    console.print(heads_table(result.metrics, f"{run.folder.name}, step {run.best().step}"))
+    console.print(heads_table(result.metrics, f"{run.name}, step {run.best().step}"))
 
 
 def predict_and_show(run: Run, images: Sequence[Path], save: Path, min_score: float, console: Console) -> None:
@@ -75,11 +77,17 @@ def predict_and_show(run: Run, images: Sequence[Path], save: Path, min_score: fl
     )
 
 
+def _shown(storage: Storage, name: str) -> str:
+    return storage.where(name) if storage.local is None else _short(storage.local / name)
+
+
 def _short(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _reference(run: Run, experiment: Experiment) -> str:
     """How the run is named on a command line: by name where that finds it, else by folder."""
+    if run.storage.local is None:
+        return f"{run.name} --storage {shlex.quote(experiment.where.storage)}"
     default = Path("./runs").absolute()
-    return run.folder.name if run.folder.parent == default else _short(run.folder)
+    return run.name if run.folder.parent == default else _short(run.folder)

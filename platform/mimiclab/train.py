@@ -1,13 +1,9 @@
-"""The driver of a training run: everything is checked first, then Ray Train's workers do the work.
-
-Imports stay light here: Ray ships `_loop` to its controller by this module's name.
-"""
+"""The driver of a training run: everything is checked first, then workers do the work, and here the books are kept."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +13,17 @@ from rich.console import Console
 
 from mimicdet.config import is_published_name
 from mimiclab import runs
+from mimiclab.books import Books
 from mimiclab.errors import UserError
 from mimiclab.experiment import flatten, identity, resolved_yaml
-from mimiclab.progress import ProgressReader, ProgressView
+from mimiclab.fit import fit
+from mimiclab.lease import Lease
+from mimiclab.ledger import Ledger
+from mimiclab.reaper import reap
 from mimiclab.runs import Run
 from mimiclab.schema import DataConfig, Experiment
-from mimiclab.session import ray_session, resources_per_worker
+from mimiclab.session import ray_session
+from mimiclab.storage import MissingError, Storage
 from mimiclab.tracking import runs as tracking
 
 if TYPE_CHECKING:
@@ -37,10 +38,7 @@ DECODE_AHEAD = 2000
 # What is wrong with a data set is named up to so many times for each of its splits.
 MAX_NOTES = 20
 
-_POLL_S = 0.3
 _SEND_TIMEOUT_S = 60.0
-# Ray's own record of a fit; nothing is resumed from it.
-_RAY_FOLDER = "ray"
 # In the storage folder; not the name of a run, which begins with a letter or a digit.
 _DATA_FOLDER = ".data"
 
@@ -80,7 +78,7 @@ def train(
     runs.check(experiment, fresh=fresh)
     before = None if fresh else complete(experiment, splits)
     if before is not None:
-        _send_rest(before)
+        _conclude(before, Ledger.from_record(before.ledger), console)
         console.print(f"run {experiment.name} is complete already; --fresh starts it anew", highlight=False)
         return before
 
@@ -89,41 +87,54 @@ def train(
         # Before an earlier run is removed: packing reads every image.
         data = _packed(located, splits, console)
         # Nothing is made or removed before the cluster has answered and is large enough.
-        folder = runs.prepare(experiment, fresh=fresh)
-        if fresh:
-            tracking.forget_run(uri, experiment.where.project, experiment.name, identity(experiment))
-        mlflow_run_id = tracking.open_run(
-            uri,
-            experiment.where.project,
-            experiment.name,
-            identity(experiment),
-            params={key: str(value) for key, value in flatten(experiment).items()},
-            tags={"mimiclab.classes": ", ".join(splits.train.classes), **(tags or {})},
-        )
-        run = Run(folder, identity(experiment), uri, mlflow_run_id, splits.train.classes, "running")
-        status: runs.Status = "failed"
-        try:
-            run.write()
-            tracking.log_text(uri, mlflow_run_id, resolved_yaml(experiment))
-            for context, split in (("train", splits.train), ("val", splits.val)):
-                name = split.annotations.stem
-                tracking.log_dataset_input(uri, mlflow_run_id, name, content_hash(split), split.origin, context)
-            job = {
-                "experiment": located.model_dump_json(),
-                "data": data.model_dump_json(),
-                "folder": str(folder),
-                "tracking": uri,
-                "mlflow_run_id": mlflow_run_id,
-            }
-            _fit(job, experiment, run, console, callbacks)
-            status = "finished"
-        except KeyboardInterrupt:
-            status = "killed"
-            console.print("stopped; the same command goes on from the last checkpoint")
-            raise
-        finally:
-            run = run.with_status(status)
-            tracking.end_run(uri, mlflow_run_id, _MLFLOW_STATUS[status])
+        storage = runs.storage_of(experiment)
+        with Lease.take(storage, experiment.name, lambda _: None) as lease:
+            _reap(experiment, console)
+            runs.prepare(experiment, fresh=fresh)
+            if fresh:
+                tracking.forget_run(uri, experiment.where.project, experiment.name, identity(experiment))
+            mlflow_run_id = tracking.open_run(
+                uri,
+                experiment.where.project,
+                experiment.name,
+                identity(experiment),
+                params={key: str(value) for key, value in flatten(experiment).items()},
+                tags={"mimiclab.classes": ", ".join(splits.train.classes), **(tags or {})},
+            )
+            before = runs.read(storage)
+            ledger = Ledger.from_record(before.ledger if before else {})
+            run = Run(storage, identity(experiment), uri, mlflow_run_id, splits.train.classes, "running")
+
+            def save(record: dict[str, Any]) -> None:
+                replace(run, ledger=record).write()
+
+            status: runs.Status = "failed"
+            try:
+                save(ledger.to_record())
+                tracking.log_text(uri, mlflow_run_id, resolved_yaml(experiment))
+                for context, split in (("train", splits.train), ("val", splits.val)):
+                    name = split.annotations.stem
+                    tracking.log_dataset_input(uri, mlflow_run_id, name, content_hash(split), split.origin, context)
+                job = {
+                    "experiment": located.model_dump_json(),
+                    "data": data.model_dump_json(),
+                    "folder": storage.uri,
+                    "tracking": uri,
+                    "mlflow_run_id": mlflow_run_id,
+                }
+                with Books(ledger, lease, storage, console, save) as books:
+                    console.print(f"starting {experiment.scale.workers} workers", highlight=False)
+                    for event in fit(experiment, job, storage, callbacks):
+                        books.enter(event)
+                status = "finished"
+            except KeyboardInterrupt:
+                status = "killed"
+                console.print("stopped; the same command goes on from the last checkpoint")
+                raise
+            finally:
+                if lease.lost is None:
+                    run = replace(run, ledger=ledger.to_record()).with_status(status)
+                    _conclude(run, ledger, console)
     return run
 
 
@@ -150,7 +161,7 @@ def check(experiment: Experiment, console: Console, *, fresh: bool = False) -> S
         if isinstance(split.source, ImageFiles) and len(split.images) <= DECODE_AHEAD:
             check_images(split)
     # Built once here, so that weights that do not fit are found before workers start.
-    newest = checkpoint.latest(runs.folder_of(experiment) / runs.CHECKPOINTS, warn=lambda _: None)
+    newest = checkpoint.latest(runs.storage_of(experiment) / runs.CHECKPOINTS, warn=lambda _: None, deep=False)
     build_detector(
         located.model,
         splits.train.classes,
@@ -164,11 +175,13 @@ def complete(experiment: Experiment, splits: Splits) -> Run | None:
     """The run of an experiment if it was trained to its end, else None."""
     from mimiclab import checkpoint
 
-    run = runs.read(runs.folder_of(experiment))
+    run = runs.read(runs.storage_of(experiment))
     if run is None or run.status != "finished":
         return None
-    newest = checkpoint.latest(run.checkpoints, warn=lambda _: None)
-    return run if newest is not None and newest.step >= num_steps(experiment, splits) else None
+    newest = checkpoint.latest(run.checkpoints, warn=lambda _: None, deep=False)
+    if newest is None:
+        return None
+    return run if newest.meta.get("stopped") or newest.step >= num_steps(experiment, splits) else None
 
 
 def num_steps(experiment: Experiment, splits: Splits) -> int:
@@ -178,82 +191,42 @@ def num_steps(experiment: Experiment, splits: Splits) -> int:
     return training_order(splits.train, experiment).num_steps(experiment.optim.epochs)
 
 
-_MLFLOW_STATUS: Mapping[runs.Status, Any] = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
-
-
-def _loop(job: Mapping[str, Any]) -> None:
-    # Loaded here: torch, torchvision and MLflow are for the workers, not for Ray's controller.
-    from mimiclab.worker import Job, work
-
-    work(Job(**job))
-
-
-def _fit(
-    job: dict[str, Any], experiment: Experiment, run: Run, console: Console, callbacks: Sequence[UserCallback]
-) -> None:
-    """Run Ray Train in a thread and show its progress here, where Ctrl-C arrives."""
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    shutil.rmtree(run.folder / _RAY_FOLDER, ignore_errors=True)
-    trainer = TorchTrainer(
-        _loop,
-        train_loop_config=job,
-        scaling_config=ScalingConfig(
-            num_workers=experiment.scale.workers,
-            use_gpu=experiment.scale.gpu,
-            resources_per_worker=resources_per_worker(experiment.scale),
-        ),
-        run_config=RunConfig(
-            name=_RAY_FOLDER,
-            storage_path=str(run.folder),
-            callbacks=list(callbacks),
-            failure_config=FailureConfig(max_failures=0),
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
+def _reap(experiment: Experiment, console: Console) -> None:
+    """Correct what drivers that died have left behind as running, of all runs beside this one."""
+    place = Storage(experiment.where.storage)
+    found = []
+    for name in place.folders():
+        with contextlib.suppress(UserError):  # of one that cannot be read its own command says so
+            found.append(runs.read(place / name))
+    reap(
+        (run for run in found if run is not None),
+        warn=lambda text: console.print(f"warning: {text}", highlight=False, markup=False),
     )
-    failure: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:
-            failure.append(error)
-
-    reader = ProgressReader(run.progress)
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    with ProgressView(console) as view:
-        console.print(f"starting {experiment.scale.workers} workers")
-        thread.start()
-        while thread.is_alive():
-            thread.join(_POLL_S)
-            for event in reader.new_events():
-                view.show(event)
-    if failure:
-        raise _cause(failure[0])
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What went wrong, out of Ray's wrapping: a user's mistake on one rank breaks the others' collectives."""
-    failures = getattr(error, "worker_failures", {}).values()
-    for failure in failures:
-        while failure is not None:
-            if isinstance(failure, UserError):
-                return failure
-            failure = failure.__cause__
-    return error
-
-
-def _send_rest(run: Run) -> None:
-    """Send the metric values that the tracking server did not take when the run ended."""
+def _conclude(run: Run, ledger: Ledger, console: Console) -> None:
+    """Tell the tracking server how the run stands; it may be away just now."""
     from mimiclab.tracking.protocol import Row
     from mimiclab.tracking.writer import MlflowTracker
 
-    file = run.folder / runs.UNSENT
-    if file.exists():
-        rows = [Row(*row) for row in json.loads(file.read_text())]
-        if not MlflowTracker(run.tracking, run.mlflow_run_id, rows).close(_SEND_TIMEOUT_S):
-            file.unlink()
+    rows = ledger.rows()
+    with contextlib.suppress(MissingError):
+        rows += [Row(*row) for row in json.loads(run.storage.read(runs.UNSENT))]
+    status: Mapping[runs.Status, Any] = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
+    try:
+        left = MlflowTracker(run.tracking, run.mlflow_run_id, rows).close(_SEND_TIMEOUT_S)
+        if left:
+            raise ConnectionError(f"{len(left)} metric values did not reach it")
+        run.storage.delete(runs.UNSENT)
+        tracking.set_tags(run.tracking, run.mlflow_run_id, ledger.tags())
+        tracking.end_run(run.tracking, run.mlflow_run_id, status[run.status])
+    except Exception as error:
+        console.print(
+            f"warning: {run.tracking} did not take the end of the run ({str(error).splitlines()[0][:200]}); the same "
+            "command tells it again",
+            highlight=False,
+            markup=False,
+        )
 
 
 def _located(experiment: Experiment) -> Experiment:
@@ -277,7 +250,7 @@ def _packed(located: Experiment, splits: Splits, console: Console) -> DataConfig
     """The data as workers read it: plain files packed once, next to the runs, where every worker sees them."""
     from mimiclab.data.splits import pack_splits
 
-    folder = runs.folder_of(located).parent / _DATA_FOLDER
+    folder = Storage(located.where.storage) / _DATA_FOLDER
     return pack_splits(located.data, splits, folder, lambda text: console.print(text, highlight=False))
 
 

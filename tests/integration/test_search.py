@@ -19,6 +19,7 @@ from rich.console import Console
 from mimiclab import runs
 from mimiclab.errors import UserError
 from mimiclab.experiment import LoadedExperiment, load_experiment
+from mimiclab.progress import PROGRESS
 from mimiclab.search.driver import search
 from mimiclab.search.trials import Trial
 from mimiclab.tracking import ui
@@ -229,7 +230,7 @@ def test_ctrl_c_stops_a_search_cleanly(root: Path) -> None:
         text=True,
         start_new_session=True,
     )
-    progress = root / "runs" / "stopped-trial-00" / runs.PROGRESS
+    progress = root / "runs" / "stopped-trial-00" / PROGRESS
     deadline = time.monotonic() + 200
     while not (progress.exists() and '"step": 7' in progress.read_text()):
         assert process.poll() is None, process.communicate()[0]

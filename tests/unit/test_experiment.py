@@ -21,7 +21,7 @@ from mimiclab.experiment import (
     resolved_yaml,
 )
 from mimiclab.optim import OptimConfig
-from mimiclab.schema import PATH_KEYS, Experiment, Scenes, SearchConfig, known_keys
+from mimiclab.schema import PATH_KEYS, Experiment, Scenes, SearchConfig, Workers, known_keys
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 ENVIRON = {"MIMICLAB_DATA": "/data", "MIMICLAB_WEIGHTS": "/weights"}
@@ -96,6 +96,39 @@ def test_experiment_is_frozen():
 
     with pytest.raises(ValueError, match="frozen"):
         experiment.seed = 1
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [("4", (4, 4)), ("{min: 4, max: 4}", (4, 4)), ("{min: 1, max: 8}", (1, 8)), ("{max: 8, min: 1}", (1, 8))],
+)
+def test_workers_are_a_number_or_a_range(written, expected):
+    workers = load(SMALL, f"scale.workers={written}").experiment.scale.workers
+
+    assert (workers.min, workers.max) == expected
+    assert str(workers) == ("4" if expected == (4, 4) else "1 to 8")
+
+
+def test_an_end_of_a_range_of_workers_may_be_overridden():
+    loaded = load(SMALL + "scale: {workers: {min: 1, max: 4}}\n", "scale.workers.min=2")
+
+    assert loaded.experiment.scale.workers == Workers(min=2, max=4)
+    assert loaded.origins["scale.workers.min"] == "--set"
+    assert loaded.origins["scale.workers.max"] == "x.yaml:3"
+
+
+def test_labels_of_nodes_may_have_dots_and_slashes():
+    loaded = load(SMALL + "scale:\n  label_selector:\n    ray.io/market-type: spot\n")
+
+    assert loaded.experiment.scale.label_selector == {"ray.io/market-type": "spot"}
+    assert loaded.origins["scale.label_selector.ray.io/market-type"] == "x.yaml:5"
+
+
+def test_checkpoints_weigh_their_cost_where_it_is_known_how_often_machines_go():
+    experiment = load(SMALL + "checkpoint: {every_steps: auto}\nscale: {mtbf_minutes: 90}\n").experiment
+
+    assert experiment.checkpoint.every_steps == "auto"
+    assert experiment.scale.mtbf_minutes == 90.0
 
 
 # Origins, overrides, extends
@@ -343,6 +376,103 @@ BAD_FILES = {
         "x.yaml: every worker needs an image of each step: optim.global_batch must be at least "
         "scale.workers, found optim.global_batch 2 and scale.workers 3",
     ),
+    "no workers": (
+        SMALL + "scale: {workers: 0}\n",
+        "x.yaml:3: scale.workers: found 0, expected a whole number above 0, or both as in {min: 1, max: 8}",
+    ),
+    "workers as truth": (
+        SMALL + "scale: {workers: true}\n",
+        "x.yaml:3: scale.workers: found true, expected a whole number above 0, or both as in {min: 1, max: 8}",
+    ),
+    "workers as a list": (
+        SMALL + "scale: {workers: [1, 8]}\n",
+        "x.yaml:3: scale.workers: found [1, 8], expected a whole number above 0, or both as in {min: 1, max: 8}",
+    ),
+    "workers as text": (SMALL + "scale: {workers: auto}\n", 'x.yaml:3: scale.workers: found "auto", expected a whole'),
+    "workers without an upper end": (
+        SMALL + "scale:\n  workers: {min: 2}\n",
+        "x.yaml:4: scale.workers.max: found nothing, expected a value",
+    ),
+    "range of workers from none": (
+        SMALL + "scale:\n  workers:\n    min: 0\n    max: 2\n",
+        "x.yaml:5: scale.workers.min: found 0, expected more than 0",
+    ),
+    "range of workers the wrong way round": (
+        SMALL + "scale:\n  workers: {min: 3, max: 2}\n",
+        "x.yaml:4: scale.workers: min must not be above max, found min 3 and max 2",
+    ),
+    "slip in a range of workers": (
+        SMALL + "scale: {workers: {min: 1, max: 2, mex: 2}}\n",
+        "x.yaml:3: unknown key scale.workers.mex; did you mean scale.workers.max?",
+    ),
+    "more workers at most than images": (
+        SMALL + "optim: {global_batch: 2}\nscale: {workers: {min: 1, max: 3}}\n",
+        "scale.workers, found optim.global_batch 2 and scale.workers 3",
+    ),
+    "nothing at once": (
+        SMALL + "scale: {micro_batch: 0}\n",
+        "x.yaml:3: scale.micro_batch: found 0, expected more than 0",
+    ),
+    "statistics of a part of the images": (
+        SMALL + "model: {backbone: {norm: sync_bn}}\nscale: {gpu: true, micro_batch: 2}\n",
+        "x.yaml: scale.micro_batch: with model.backbone.norm sync_bn every worker has to compute all of its images at "
+        "once; expected scale.micro_batch null, or the norm frozen_bn or group_norm",
+    ),
+    "checkpoints after no steps": (
+        SMALL + "checkpoint: {every_steps: 0}\n",
+        "x.yaml:3: checkpoint.every_steps: found 0, expected a whole number above 0, or auto",
+    ),
+    "checkpoints of its own accord": (
+        SMALL + "checkpoint: {every_steps: often}\n",
+        'x.yaml:3: checkpoint.every_steps: found "often", expected a whole number above 0, or auto',
+    ),
+    "checkpoints weighed against nothing": (
+        SMALL + "checkpoint: {every_steps: auto}\n",
+        "x.yaml: checkpoint.every_steps: auto weighs the cost of a checkpoint against how often machines go: expected "
+        "scale.mtbf_minutes, or a number of steps",
+    ),
+    "machines that go at once": (
+        SMALL + "scale: {mtbf_minutes: 0}\n",
+        "x.yaml:3: scale.mtbf_minutes: found 0, expected more than 0",
+    ),
+    "no metric": (SMALL + "eval: {metric: ''}\n", 'x.yaml:3: eval.metric: found "", expected text that is not empty'),
+    "best in no sense": (
+        SMALL + "eval: {mode: best}\n",
+        "x.yaml:3: eval.mode: found \"best\", expected 'max' or 'min'",
+    ),
+    "no patience": (SMALL + "eval: {patience: 0}\n", "x.yaml:3: eval.patience: found 0, expected more than 0"),
+    "label that is a number": (
+        SMALL + "scale:\n  label_selector:\n    zone: 1\n",
+        "x.yaml:5: scale.label_selector.zone: found 1, expected text (put it in quotes)",
+    ),
+    "label that is empty": (
+        SMALL + "scale: {label_selector: {zone: ''}}\n",
+        'x.yaml:3: scale.label_selector.zone: found "", expected text that is not empty',
+    ),
+    "labels in a list": (
+        SMALL + "scale: {label_selector: [spot]}\n",
+        'x.yaml:3: scale.label_selector: found ["spot"], expected a section of keys',
+    ),
+    "GPU of no name": (
+        SMALL + "scale: {accelerator_type: ''}\n",
+        'x.yaml:3: scale.accelerator_type: found "", expected text that is not empty',
+    ),
+    "placement": (
+        SMALL + "scale: {placement: pack}\n",
+        "x.yaml:3: scale.placement: found \"pack\", expected 'PACK', 'SPREAD', 'STRICT_PACK' or 'STRICT_SPREAD'",
+    ),
+    "no time for each other": (
+        SMALL + "scale: {collective_timeout_s: 0}\n",
+        "x.yaml:3: scale.collective_timeout_s: found 0, expected more than 0",
+    ),
+    "fewer than no crashes": (
+        SMALL + "scale: {max_crashes: -1}\n",
+        "x.yaml:3: scale.max_crashes: found -1, expected 0 or more",
+    ),
+    "fewer than no preemptions": (
+        SMALL + "scale: {max_preemptions: -1}\n",
+        "x.yaml:3: scale.max_preemptions: found -1, expected 0 or more",
+    ),
     "slip of the pen": (
         SMALL + "model:\n  mimic:\n    cls_wieght: 2\n",
         "x.yaml:5: unknown key model.mimic.cls_wieght; did you mean model.mimic.cls_weight?",
@@ -479,7 +609,14 @@ def test_optim_refuses(values, message):
 
 def everything():
     text = (EXPERIMENTS / "bccd-mobilenet.yaml").read_text()
-    return load(text, "where.project='1e5'", environ={**ENVIRON, "MIMICLAB_DATA": "/pay/$100/$$"}).experiment
+    elastic = "scale={workers: {min: 1, max: 2}, label_selector: {ray.io/market-type: spot}, mtbf_minutes: 90}"
+    return load(
+        text,
+        "where.project='1e5'",
+        elastic,
+        "checkpoint.every_steps=auto",
+        environ={**ENVIRON, "MIMICLAB_DATA": "/pay/$100/$$"},
+    ).experiment
 
 
 @pytest.mark.parametrize("make", [everything, lambda: load(SMALL).experiment])
@@ -500,6 +637,9 @@ def test_resolved_copy_loads_to_the_same_experiment(make):
     [
         *("scale.workers=3", "scale.gpu=true", "where.storage=/s", "where.project=p", "optim.epochs=99"),
         *("checkpoint.keep=9", "data.loader_processes=3", "eval.num_pictures=0"),
+        *("scale.workers={min: 1, max: 3}", "scale.micro_batch=1", "scale.label_selector={zone: a}"),
+        *("scale.accelerator_type=A10G", "scale.placement=SPREAD", "scale.max_preemptions=3"),
+        *("scale.mtbf_minutes=90", "checkpoint.every_steps=7"),
     ],
 )
 def test_identity_is_that_of_the_run_however_it_is_run(override):
@@ -520,6 +660,9 @@ def test_identity_is_that_of_the_run_however_it_is_run(override):
         ("model.mimic.detach_teacher=false", "model.mimic.detach_teacher: true -> false"),
         ("data.scenes.seed=1", "data.scenes.seed: 0 -> 1"),
         ("eval.every_epochs=2", "eval.every_epochs: 1 -> 2"),
+        ("eval.metric=gap/AP", 'eval.metric: "student/AP" -> "gap/AP"'),
+        ("eval.mode=min", 'eval.mode: "max" -> "min"'),
+        ("optim.ema_decay=0.999", "optim.ema_decay: null -> 0.999"),
     ],
 )
 def test_identity_changes_with_what_a_run_computes(override, difference):
@@ -580,7 +723,7 @@ def test_known_keys_are_the_sections_and_keys_of_a_resolved_experiment():
 
     assert len(known) == len(set(known))
     absent = {"data.scenes": Scenes, "search": SearchConfig}
-    resolved += ["data.train.packed", "data.val.packed"]
+    resolved += ["data.train.packed", "data.val.packed", "scale.workers.min", "scale.workers.max"]
     assert set(known) == {*resolved, *(f"{name}.{k}" for name, section in absent.items() for k in section.model_fields)}
 
 

@@ -1,4 +1,4 @@
-"""The driver shows what rank 0 wrote, line by whole line."""
+"""The driver shows what its workers tell, and keeps it, line by whole line."""
 
 import io
 import json
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mimiclab.progress import ProgressReader, ProgressView, ProgressWriter
+from mimiclab.progress import PROGRESS, ProgressLog, ProgressReader, ProgressView
+from mimiclab.storage import Storage
 
 METRICS = {"student/AP": 0.25, "student/AP50": 0.5, "teacher/AP": 0.375, "teacher/AP50": 0.625}
 
@@ -16,37 +17,45 @@ def step(number: int, num_steps: int = 100) -> dict:
     return {"kind": "step", "step": number, "num_steps": num_steps, "loss": 1.5, "images_per_s": 12.25}
 
 
+def text(words: str) -> dict:
+    return {"kind": "text", "time": 1.0, "text": words}
+
+
 @pytest.fixture
 def path(tmp_path) -> Path:
-    return tmp_path / "progress.jsonl"
+    return tmp_path / PROGRESS
+
+
+@pytest.fixture
+def log(tmp_path) -> ProgressLog:
+    return ProgressLog(Storage(tmp_path))
 
 
 # ---- the file ----
 
 
-def test_events_arrive_in_order_and_once(path):
-    reader, writer = ProgressReader(path), ProgressWriter(path)
+def test_events_arrive_in_order_and_once(path, log):
+    reader = ProgressReader(path)
     assert list(reader.new_events()) == []
+    events = [step(1), text("größe\nand a second line")]
 
-    writer.write("step", step=1, loss=0.5)
-    writer.write("text", text="größe\nand a second line")
+    for event in events:
+        log.write(event)
 
-    first, second = reader.new_events()
-    assert {key: first[key] for key in ("kind", "step", "loss")} == {"kind": "step", "step": 1, "loss": 0.5}
-    assert second["text"] == "größe\nand a second line"
-    assert first["time"] <= second["time"]
+    assert list(reader.new_events()) == events
     assert list(reader.new_events()) == []
-    writer.write("text", text="later")
-    assert [event["text"] for event in reader.new_events()] == ["later"]
+    log.write(text("later"))
+    assert list(reader.new_events()) == [text("later")]
 
 
-def test_a_reader_starts_at_the_present_end_and_a_writer_appends(path):
-    ProgressWriter(path).write("text", text="of an earlier life")
+def test_a_reader_starts_at_the_present_end_and_a_log_goes_on(path, tmp_path, log):
+    log.write(text("of an earlier driver"))
+    log.close()
     reader = ProgressReader(path)
 
-    ProgressWriter(path).write("text", text="new")
+    ProgressLog(Storage(tmp_path)).write(text("new"))
 
-    assert [event["text"] for event in reader.new_events()] == ["new"]
+    assert list(reader.new_events()) == [text("new")]
     assert len(path.read_text().splitlines()) == 2
 
 
@@ -68,17 +77,17 @@ def test_a_line_that_is_being_written_is_read_when_it_is_whole(path):
     assert [event["text"] for event in reader.new_events()] == ["one"]
 
 
-def test_a_line_that_a_killed_writer_left_half_is_passed_over(path):
+def test_a_line_that_a_killed_driver_left_half_is_passed_over(path, tmp_path):
     reader = ProgressReader(path)
     with path.open("a") as file:
         file.write('{"kind": "step", "st')
     assert list(reader.new_events()) == []
 
-    writer = ProgressWriter(path)
-    writer.write("text", text="runs into the half line")
-    writer.write("text", text="whole")
+    log = ProgressLog(Storage(tmp_path))
+    log.write(text("runs into the half line"))
+    log.write(text("whole"))
 
-    assert [event["text"] for event in reader.new_events()] == ["whole"]
+    assert list(reader.new_events()) == [text("whole")]
 
 
 # ---- the view ----
@@ -93,7 +102,7 @@ def shown(events: list[dict], **console) -> str:
 
 
 def test_elsewhere_than_on_a_terminal_there_are_plain_lines():
-    text = shown(
+    output = shown(
         [
             {"kind": "text", "text": "training from the start"},
             {"kind": "evaluation", "epoch": 3, "metrics": METRICS},
@@ -101,7 +110,7 @@ def test_elsewhere_than_on_a_terminal_there_are_plain_lines():
         ]
     )
 
-    assert text.splitlines() == [
+    assert output.splitlines() == [
         "training from the start",
         "epoch 3: student AP 0.250 AP50 0.500, teacher AP 0.375 AP50 0.625",
         "step 100/100  loss 1.500  12.2 images/s",
@@ -115,13 +124,13 @@ def test_steps_fill_no_screen_but_the_first_and_last_show():
 
 
 def test_brackets_in_a_text_are_no_markup():
-    text = shown([{"kind": "text", "text": "warning: /data/[old]/x [/]"}], markup=False)
+    output = shown([{"kind": "text", "text": "warning: /data/[old]/x [/]"}], markup=False)
 
-    assert text == "warning: /data/[old]/x [/]\n"
+    assert output == "warning: /data/[old]/x [/]\n"
 
 
 def test_on_a_terminal_there_is_a_bar():
-    text = shown([step(1), step(50), step(100)], force_terminal=True)
+    output = shown([step(1), step(50), step(100)], force_terminal=True)
 
-    assert "step 100/100  loss 1.500" in text
-    assert "━" in text
+    assert "step 100/100  loss 1.500" in output
+    assert "━" in output

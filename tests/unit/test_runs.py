@@ -1,5 +1,6 @@
 """A run is its folder: found again by its experiment, refused to another one."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def make(name: str, mlflow_run_id: str = ID, storage: str = "./runs") -> Run:
     return run
 
 
+def said_of(run: Run | None) -> dict:
+    """All that a run says, with its folder by name: two that look at the same folder are not the same object."""
+    assert run is not None
+    return {**vars(run), "storage": run.storage.name}
+
+
 def save(run: Run, step: int, best: int | None) -> None:
     meta = {"step": step, "classes": ["a"], "best": None if best is None else {"step": best, "value": 0.5}}
     checkpoint.save(run.checkpoints, {"w": torch.tensor([float(step)])}, {}, meta)
@@ -43,10 +50,9 @@ def save(run: Run, step: int, best: int | None) -> None:
 def test_prepare_makes_the_folder_with_the_resolved_experiment(tmp_path):
     made = runs.prepare(experiment("optim.lr=0.5"), fresh=False)
 
-    assert made == tmp_path / "runs" / "x"
-    assert (made / "checkpoints").is_dir()
-    assert load_experiment(made / "experiment.yaml").experiment == experiment("optim.lr=0.5")
-    assert sorted(path.name for path in made.iterdir()) == ["checkpoints", "experiment.yaml"]
+    assert made.local == tmp_path / "runs" / "x"
+    assert load_experiment(made.local / "experiment.yaml").experiment == experiment("optim.lr=0.5")
+    assert list(made.sizes()) == ["experiment.yaml"]
 
 
 @pytest.mark.parametrize(
@@ -60,18 +66,18 @@ def test_prepare_makes_the_folder_with_the_resolved_experiment(tmp_path):
 )
 def test_the_same_run_is_found_again(overrides):
     made = runs.prepare(experiment(), fresh=False)
-    (made / "kept").touch()
+    made.write("kept", b"")
 
     again = experiment(*overrides)
 
-    assert runs.prepare(again, fresh=False) == made
-    assert (made / "kept").exists()
-    assert load_experiment(made / "experiment.yaml").experiment == again
+    assert runs.prepare(again, fresh=False).local == made.local
+    assert "kept" in made.sizes()
+    assert load_experiment(made.local / "experiment.yaml").experiment == again
 
 
 def test_another_experiment_under_the_name_is_refused_with_what_changed(tmp_path):
     made = runs.prepare(experiment(), fresh=False)
-    before = (made / "experiment.yaml").read_text()
+    before = made.read("experiment.yaml")
 
     for act in (runs.check, runs.prepare):
         with pytest.raises(UserError) as caught:
@@ -84,23 +90,33 @@ def test_another_experiment_under_the_name_is_refused_with_what_changed(tmp_path
             "  optim.lr: 0.0003 -> 0.5",
             "Give the new one another name, or start anew with --fresh, which removes the old one.",
         ]
-    assert (made / "experiment.yaml").read_text() == before
+    assert made.read("experiment.yaml") == before
 
 
 def test_fresh_removes_what_was_there():
     made = runs.prepare(experiment(), fresh=False)
-    (made / "checkpoints" / "step-00000001").mkdir()
+    (made / "checkpoints" / "step-00000001").write("weights", b"")
+    made.write("progress.jsonl", b"")
 
     runs.check(experiment("optim.lr=0.5"), fresh=True)
-    assert (made / "checkpoints" / "step-00000001").exists()
+    assert (made / "checkpoints").folders() == ["step-00000001"]
     runs.prepare(experiment("optim.lr=0.5"), fresh=True)
 
-    assert list((made / "checkpoints").iterdir()) == []
-    assert load_experiment(made / "experiment.yaml").experiment == experiment("optim.lr=0.5")
+    assert list(made.sizes()) == ["experiment.yaml"]
+    assert load_experiment(made.local / "experiment.yaml").experiment == experiment("optim.lr=0.5")
+
+
+def test_fresh_leaves_the_lease_of_the_driver_that_starts_anew():
+    made = runs.prepare(experiment(), fresh=False)
+    made.write(".lease.json", b"{}")
+
+    runs.prepare(experiment(), fresh=True)
+
+    assert sorted(made.sizes()) == [".lease.json", "experiment.yaml"]
 
 
 def test_fresh_is_no_matter_where_nothing_is():
-    assert runs.prepare(experiment(), fresh=True).is_dir()
+    assert list(runs.prepare(experiment(), fresh=True).sizes()) == ["experiment.yaml"]
 
 
 @pytest.mark.parametrize("fresh", [False, True])
@@ -119,7 +135,7 @@ def test_a_folder_that_a_killed_start_left_is_no_hindrance():
     Path("runs/x").mkdir(parents=True)
     Path("runs/x/.experiment.yaml").write_text("na")
 
-    assert runs.prepare(experiment(), fresh=False).is_dir()
+    assert "experiment.yaml" in runs.prepare(experiment(), fresh=False).sizes()
 
 
 def test_a_storage_that_cannot_be_written_is_named(tmp_path):
@@ -132,9 +148,40 @@ def test_a_storage_that_cannot_be_written_is_named(tmp_path):
     )
 
 
-def test_a_storage_that_is_a_uri_is_refused():
-    with pytest.raises(UserError, match=r"where\.storage: s3://bucket/runs is a URI, expected a folder"):
-        runs.check(experiment("where.storage=s3://bucket/runs"), fresh=False)
+def test_a_folder_that_is_a_file_is_named(tmp_path):
+    Path("runs").mkdir()
+    Path("runs/x").write_text("mine")
+
+    for fresh in (False, True):
+        with pytest.raises(UserError) as caught:
+            runs.prepare(experiment(), fresh=fresh)
+        assert str(caught.value) == (
+            f"run {tmp_path}/runs/x: a file has this name; expected another name, or the file removed"
+        )
+    assert Path("runs/x").read_text() == "mine"
+
+
+def test_a_storage_that_does_not_exist_yet_is_made_by_prepare_alone():
+    mine = experiment("where.storage=not/yet")
+
+    runs.check(mine, fresh=False)
+    assert not Path("not").exists()
+    runs.prepare(mine, fresh=False)
+    assert Path("not/yet/x/experiment.yaml").is_file()
+
+
+@pytest.mark.parametrize("uri", ["ftp://host/runs", "s3://bucket/runs?nonsense=1"])
+def test_a_uri_of_no_known_kind_is_named(uri):
+    with pytest.raises(UserError, match=rf"^where\.storage: {uri.partition('?')[0]}: cannot be opened as a folder or"):
+        runs.check(experiment(f"where.storage={uri}"), fresh=False)
+
+
+def test_what_needs_a_folder_says_so_of_a_run_in_a_bucket():
+    mine = experiment("where.storage='s3://bucket/runs?region=eu-west-1'")
+
+    assert runs.storage_of(mine).name == "s3://bucket/runs/x"
+    with pytest.raises(UserError, match=r"^run s3://bucket/runs/x: it is not on this machine's file system"):
+        runs.folder_of(mine)
 
 
 # ---- run.json ----
@@ -146,8 +193,28 @@ def test_a_run_reads_back_as_written():
     ended = run.with_status("finished")
 
     assert ended.status == "finished"
-    assert runs.read(run.folder) == ended
+    assert said_of(runs.read(run.folder)) == said_of(runs.read(run.storage)) == said_of(ended)
     assert run.experiment() == experiment()
+
+
+def test_a_run_keeps_the_account_of_its_restarts():
+    run = dataclasses.replace(make("x"), ledger={"attempts": [{"step": 3}]})
+    run.write()
+
+    assert runs.read(run.folder).ledger == run.ledger
+
+
+def test_a_run_of_before_there_were_such_accounts_is_read():
+    run = make("x")
+    record = json.loads(run.storage.read("run.json"))
+    del record["ledger"]
+    run.storage.write("run.json", json.dumps(record).encode())
+
+    assert runs.read(run.folder).ledger == {}
+
+
+def test_a_run_is_named_as_its_folder():
+    assert make("x").name == make("x").folder.name == "x"
 
 
 def test_a_folder_without_run_json_is_no_run(tmp_path):
@@ -175,14 +242,14 @@ def test_a_run_is_found_by_name_folder_and_id(reference):
     make("other", ID[::-1])
     run = make("x")
 
-    assert runs.find(reference) == run
+    assert said_of(runs.find(reference)) == said_of(run)
 
 
 def test_a_run_is_found_in_another_storage_and_by_its_absolute_path(tmp_path):
     run = make("x", storage="elsewhere")
 
-    assert runs.find("x", "elsewhere") == run
-    assert runs.find(str(tmp_path / "elsewhere" / "x")) == run
+    assert said_of(runs.find("x", "elsewhere")) == said_of(run)
+    assert said_of(runs.find(str(tmp_path / "elsewhere" / "x"))) == said_of(run)
     with pytest.raises(UserError, match="no such name"):
         runs.find("x")
 
@@ -251,7 +318,16 @@ def test_a_damaged_best_is_named():
     run = make("x")
     for step in (10, 20):
         save(run, step, 10)
-    (run.checkpoints / "step-00000010" / "manifest.json").write_text(json.dumps({}))
+    (run.checkpoints / "step-00000010").write("manifest.json", b"{}")
 
-    with pytest.raises(UserError, match="step-00000010: cannot be read"):
+    with pytest.raises(UserError, match=r"step-00000010: manifest\.json is damaged"):
         run.best()
+
+
+def test_damaged_weights_are_named_when_they_are_read():
+    run = make("x")
+    save(run, 10, 10)
+    (run.checkpoints / "step-00000010").write("weights.safetensors", b"")
+
+    with pytest.raises(UserError, match=r"step-00000010: weights\.safetensors differs from its manifest"):
+        run.best().weights()

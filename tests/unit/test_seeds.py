@@ -15,6 +15,7 @@ from mimiclab.cli import main
 from mimiclab.experiment import LoadedExperiment, identity, load_experiment
 from mimiclab.schema import Experiment
 from mimiclab.seeds import MAX_SEEDS, Statistic, plan, seeds_table, summarize
+from mimiclab.tracking import runs as tracking
 from mimiclab.tracking.client import connect
 
 # 4 images in batches of 2, twice: 4 steps.
@@ -53,10 +54,13 @@ def mimiclab(*args: str) -> int:
     return caught.value.code
 
 
-def trained(experiment: Experiment, ap: float, step: int = NUM_STEPS) -> None:
+def trained(experiment: Experiment, ap: float, step: int = NUM_STEPS, *, tracked: bool = False) -> None:
     """A run as training leaves it at its end, with this AP in its last evaluation and a higher one before."""
     folder = runs.prepare(experiment, fresh=False)
-    runs.Run(folder, identity(experiment), "sqlite:///mlflow.db", "0" * 32, ("disk",), "finished").write()
+    uri, mine = "sqlite:///mlflow.db", identity(experiment)
+    # Tracked where it is to be concluded, by its id; else by one that nobody has.
+    mlflow_run_id = tracking.open_run(uri, "mimiclab", experiment.name, mine, {}, {}) if tracked else "0" * 32
+    runs.Run(folder, mine, uri, mlflow_run_id, ("disk",), "finished").write()
     for at, value in ((1, 0.9), (step, ap)):
         metrics = {f"student/{name}": value for name in ("AP", "AP50", "AP75", "AP_small", "AP/disk")}
         meta = {"step": at, "classes": ["disk"], "best": {"step": 1, "value": 0.9}, "metrics": metrics, "unsent": []}
@@ -231,7 +235,7 @@ def test_a_mistake_in_the_data_is_found_before_anything_is_made(mistake: Mistake
 
 def test_complete_runs_are_averaged_without_ray(capsys: pytest.CaptureFixture[str]) -> None:
     for experiment, ap in zip(plan(load(), 2), (0.3, 0.4), strict=True):
-        trained(experiment, ap)
+        trained(experiment, ap, tracked=True)
     ray_before = "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
     assert mimiclab("train", "x.yaml", "--seeds", "2") == 0
@@ -243,7 +247,9 @@ def test_complete_runs_are_averaged_without_ray(capsys: pytest.CaptureFixture[st
     assert "starting" not in output
     assert ("ray" in sys.modules and sys.modules["ray"].is_initialized()) == ray_before
     client = connect("sqlite:///mlflow.db")
-    (parent,) = client.search_runs([client.get_experiment_by_name("mimiclab").experiment_id])
+    found = client.search_runs([client.get_experiment_by_name("mimiclab").experiment_id])
+    assert {run.info.status for run in found} == {"FINISHED"}
+    (parent,) = (run for run in found if "seed" not in run.info.run_name)
     assert (parent.info.run_name, parent.info.status) == ("small", "FINISHED")
     assert parent.data.metrics["mean/student/AP75"] == pytest.approx(0.35)
     assert parent.data.metrics["interval/student/AP75"] == pytest.approx(0.63531, abs=1e-5)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from mimiclab.errors import UserError
@@ -85,6 +86,38 @@ def test_a_run_ends_with_its_status(uri: str, run_id: str, status: str) -> None:
     info = connect(uri).get_run(run_id).info
     assert info.status == status
     assert info.end_time is not None
+
+
+def test_a_run_ends_when_it_is_told_to_have_ended(uri: str, run_id: str) -> None:
+    runs.end_run(uri, run_id, "KILLED", 1700000000.25)
+    assert connect(uri).get_run(run_id).info.end_time == 1700000000250
+
+
+def test_a_run_is_unfinished_since_it_last_recorded_something(uri: str, run_id: str, tmp_path: Path) -> None:
+    started = connect(uri).get_run(run_id).info.start_time / 1000
+    assert runs.unfinished_since(uri, run_id) == started
+    _send_rows(connect(uri), run_id, [Row(key, 0.5, 1900000000250, 1) for key in "ab"])
+    _send_rows(connect(uri), run_id, [Row("a", 0.5, 1900000000750, 2)])
+    assert runs.unfinished_since(uri, run_id) == 1900000000.75
+
+    runs.end_run(uri, run_id, "FINISHED")
+    assert runs.unfinished_since(uri, run_id) is None
+    assert runs.unfinished_since(uri, "0" * 32) is None
+    deleted = runs.open_run(uri, "cells", "deleted", "abc", {}, {})
+    connect(uri).delete_run(deleted)
+    assert runs.unfinished_since(uri, deleted) is None
+
+    assert runs.unfinished_since(f"sqlite:///{tmp_path}/gone.db", run_id) is None
+    assert not (tmp_path / "gone.db").exists()
+    with pytest.raises(MlflowException):
+        runs.unfinished_since("http://127.0.0.1:9", run_id)  # nobody answers there, so nobody knows
+
+
+def test_tags_are_set_and_replaced(uri: str, run_id: str) -> None:
+    runs.set_tags(uri, run_id, {"restart.1": "crash: x", "restart.2": "driver: y"})
+    runs.set_tags(uri, run_id, {"restart.2": "driver: z"})
+    tags = connect(uri).get_run(run_id).data.tags
+    assert (tags["restart.1"], tags["restart.2"]) == ("crash: x", "driver: z")
 
 
 def test_a_deleted_project_is_named(uri: str) -> None:

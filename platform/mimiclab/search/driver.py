@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,10 +24,11 @@ from mimiclab.schema import Experiment
 from mimiclab.search.results import best_experiment, note, ranking_table
 from mimiclab.search.trials import Outcome, Trial, plan, ranked
 from mimiclab.session import ray_session, resources_per_worker
+from mimiclab.storage import Storage
 from mimiclab.tracking import runs as tracking
 from mimiclab.tracking import searches
 
-SEARCH, BEST = "search.yaml", "best.yaml"
+SEARCH, BEST, TUNE = "search.yaml", "best.yaml", "tune"
 
 # How long each trial's last metrics may take to reach the tracking server, seconds.
 _SEND_TIMEOUT_S = 60.0
@@ -75,7 +75,7 @@ def search(
     uri = tracking.absolute_uri(experiment.where.tracking)
     # Trials that run side by side find their data made.
     read_splits(locate(experiment.data))
-    folder = runs.folder_of(experiment)
+    folder = runs.storage_of(experiment)
     if not fresh:
         _refuse_earlier(experiment, trials, folder)
 
@@ -114,7 +114,7 @@ def search(
             _conclude(experiment, ranked(trials, config.mode), uri, parent, status, folder, console)
     if status == "FAILED":
         raise UserError(
-            f"search {experiment.name}: every trial failed; their tracebacks are in {folder}/tune/*/error.txt"
+            f"search {experiment.name}: every trial failed; their tracebacks are in {folder.name}/{TUNE}/*/error.txt"
         )
     return ranked(trials, config.mode)
 
@@ -124,38 +124,54 @@ def num_concurrent(experiment: Experiment, found: Mapping[str, float]) -> int:
     config, scale = experiment.search, experiment.scale
     assert config is not None
     needed = resources_per_worker(scale)
-    fitting = min(int(found.get(kind, 0) // (scale.workers * each)) for kind, each in needed.items())
+    fitting = min(int(found.get(kind, 0) // (scale.workers.max * each)) for kind, each in needed.items())
     wanted = config.trials if config.max_concurrent == "auto" else min(config.max_concurrent, config.trials)
     return max(1, min(wanted, fitting))
 
 
-def _refuse_earlier(experiment: Experiment, trials: Sequence[Trial], folder: Path) -> None:
-    for path in (folder / SEARCH, *(runs.folder_of(trial.experiment) for trial in trials)):
-        if path.exists():
-            raise UserError(
-                f"search {experiment.name}: it was run before, {path} exists; expected another name, "
-                "or --fresh, which removes its trials and starts anew"
-            )
+def _refuse_earlier(experiment: Experiment, trials: Sequence[Trial], folder: Storage) -> None:
+    root = runs.root_of(experiment)
+    try:
+        found = [folder.where(SEARCH)] if SEARCH in folder.sizes() else []
+        names = root.folders()
+    except UserError as error:
+        raise UserError(f"where.storage: {error}") from error
+    found += [root.where(trial.experiment.name) for trial in trials if trial.experiment.name in names]
+    if found:
+        raise UserError(
+            f"search {experiment.name}: it was run before, {found[0]} exists; expected another name, "
+            "or --fresh, which removes its trials and starts anew"
+        )
 
 
-def _remove(experiment: Experiment, trials: Sequence[Trial], folder: Path, uri: str) -> None:
+def _remove(experiment: Experiment, trials: Sequence[Trial], folder: Storage, uri: str) -> None:
     """Remove an earlier search of this name with its trials; what MLflow has of it stays there as history."""
-    (folder / BEST).unlink(missing_ok=True)
-    for path in (folder / "tune", *(runs.folder_of(trial.experiment) for trial in trials)):
-        shutil.rmtree(path, ignore_errors=True)
+    root = runs.root_of(experiment)
+    try:
+        folder.delete(BEST)
+        folder.delete_folder(TUNE)
+        for trial in trials:
+            root.delete_folder(trial.experiment.name)
+    except UserError as error:
+        raise UserError(f"where.storage: {error}") from error
     project = experiment.where.project
     tracking.forget_run(uri, project, experiment.name, _identity(experiment))
     for trial in trials:
         tracking.forget_run(uri, project, trial.experiment.name, identity(trial.experiment))
 
 
-def _write(folder: Path, name: str, text: str) -> Path:
+def _write(folder: Storage, name: str, text: str) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    except OSError as error:
-        raise UserError(f"where.storage: {folder} cannot be written: {error.strerror}") from error
-    return folder / name
+        folder.write(name, text.encode())
+    except UserError as error:
+        raise UserError(f"where.storage: {error}") from error
+
+
+def _how_to_train(folder: Storage) -> str:
+    if folder.local is None:
+        return f"{folder.where(BEST)}; mimiclab train takes a copy of it on this machine"
+    file = folder.local / BEST
+    return f"mimiclab train {file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file}"
 
 
 def _identity(experiment: Experiment) -> str:
@@ -178,7 +194,7 @@ def _settle(trials: Sequence[Trial], uri: str, parent: str) -> None:
         if trial.outcome == "running":
             trial.outcome = "killed"
         status, mlflow_status = _STATUS[trial.outcome]
-        run = runs.read(runs.folder_of(trial.experiment))
+        run = runs.read(runs.storage_of(trial.experiment))
         if run is not None and trial.outcome != "finished":
             run = run.with_status(status)
             _send_rest(run)
@@ -199,7 +215,7 @@ def _send_rest(run: runs.Run) -> None:
     from mimiclab.tracking.protocol import Row
     from mimiclab.tracking.writer import MlflowTracker
 
-    newest = checkpoint.latest(run.checkpoints, warn=lambda _: None)
+    newest = checkpoint.latest(run.checkpoints, warn=lambda _: None, deep=False)
     if newest is not None and newest.meta["unsent"]:
         rows = [Row(*row) for row in newest.meta["unsent"]]
         MlflowTracker(run.tracking, run.mlflow_run_id, rows).close(_SEND_TIMEOUT_S)
@@ -211,7 +227,7 @@ def _conclude(
     uri: str,
     parent: str,
     status: searches.Status,
-    folder: Path,
+    folder: Storage,
     console: Console,
 ) -> None:
     """Show and record what the search found so far."""
@@ -227,8 +243,8 @@ def _conclude(
         if trial.error is not None:
             console.print(f"{trial.name} failed: {trial.error}", highlight=False, markup=False)
     if best is not None:
-        file = _write(folder, BEST, best_experiment(experiment, ranking[0], len(ranking)))
-        tracking.log_text(uri, parent, file.read_text(), BEST)
-        shown = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
-        console.print(f"best:     mimiclab train {shown}", highlight=False)
+        text = best_experiment(experiment, ranking[0], len(ranking))
+        _write(folder, BEST, text)
+        tracking.log_text(uri, parent, text, BEST)
+        console.print(f"best:     {_how_to_train(folder)}", highlight=False)
     console.print(f"MLflow:   {place_of(uri, parent)}", highlight=False)

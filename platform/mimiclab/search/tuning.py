@@ -22,6 +22,7 @@ from mimiclab.errors import UserError
 from mimiclab.schema import Experiment, SearchConfig
 from mimiclab.search.results import show
 from mimiclab.search.trials import Trial
+from mimiclab.storage import Storage
 from mimiclab.tracking.searches import PARENT_TAG
 from mimiclab.train import train
 from mimiclab.worker import PLACEMENT_GROUP
@@ -39,7 +40,7 @@ ENVIRONMENT = {
 def run_trials(
     trials: Sequence[Trial],
     config: SearchConfig,
-    folder: Path,
+    folder: Storage,
     console: Console,
     *,
     parent: str,
@@ -91,7 +92,7 @@ def run_trials(
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(folder),
+            storage_path=folder.uri if folder.local is None else str(folder.local),
             callbacks=[_Watch(trials, config.metric, epochs, console)],
             verbose=2 if verbose else 0,
         ),

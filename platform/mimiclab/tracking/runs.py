@@ -20,6 +20,8 @@ __all__ = [
     "log_dataset_input",
     "log_text",
     "open_run",
+    "set_tags",
+    "unfinished_since",
 ]
 
 NAME_TAG = "mimiclab.run"
@@ -80,9 +82,51 @@ def forget_run(uri: str, project: str, name: str, identity: str) -> None:
         client.delete_tag(run.info.run_id, IDENTITY_TAG)
 
 
-def end_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-    """Mark a run as over. Its history can still be written to, and `open_run` takes it up again."""
-    connect(uri).set_terminated(run_id, status=status)
+def end_run(
+    uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"], end_time: float | None = None
+) -> None:
+    """Mark a run as over. Its history can still be written to, and `open_run` takes it up again.
+
+    Args:
+        uri: The tracking store.
+        run_id: MLflow's id of the run.
+        status: How it ended.
+        end_time: When, in seconds since 1970; now if None.
+    """
+    end_time_ms = None if end_time is None else int(end_time * 1000)
+    connect(uri).set_terminated(run_id, status=status, end_time=end_time_ms)
+
+
+def unfinished_since(uri: str, run_id: str) -> float | None:
+    """When a run that is marked as running last recorded something, in seconds since 1970.
+
+    Returns:
+        None if it is over, or if the store does not have it (any more).
+    """
+    path = sqlite_path(uri)
+    if path is not None and not path.exists():  # it would be made
+        return None
+    client = connect(uri)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    if run.info.status != "RUNNING" or run.info.lifecycle_stage != "active":
+        return None
+    times = [metric.timestamp for metric in run.to_proto().data.metrics]
+    return float(max([run.info.start_time, *times])) / 1000
+
+
+def set_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a run, in place of earlier ones of those names."""
+    client = connect(uri)
+    from mlflow.entities import RunTag
+
+    client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()], synchronous=True)
 
 
 def log_dataset_input(uri: str, run_id: str, name: str, digest: str, source: str, context: str) -> None:

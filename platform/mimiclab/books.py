@@ -1,0 +1,95 @@
+"""What a driver does with what its workers tell: it shows it, writes it down, and keeps account of restarts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+
+from mimiclab.errors import UserError
+from mimiclab.inbox import Event
+from mimiclab.lease import Lease
+from mimiclab.ledger import Ledger
+from mimiclab.progress import ProgressLog, ProgressView
+from mimiclab.storage import Storage
+
+
+class Books:
+    """A driver's account of its run, from `with` to its end.
+
+    Args:
+        ledger: of the run's earlier drivers.
+        lease: the driver's; it says how the one before ended.
+        storage: the run's folder.
+        console: shows progress.
+        save: keeps the ledger's record where the next driver finds it.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        lease: Lease,
+        storage: Storage,
+        console: Console,
+        save: Callable[[dict[str, Any]], object],
+    ) -> None:
+        self.ledger = ledger
+        self._lease = lease
+        self._console = console
+        self._save = save
+        self._log = ProgressLog(storage)
+        self._view = ProgressView(console)
+        self._tracebacks: list[str] = []
+
+    def __enter__(self) -> Books:
+        before = self._lease.before
+        if before is not None and self.ledger.attempts:
+            attempt = self.ledger.attempts[-1]
+            if attempt.failure is None and before.step > attempt.step:
+                self.ledger.reached(before.heartbeat, before.step, before.seconds)
+        self.ledger.start_session(time.time(), heard=before.heartbeat if before else None)
+        self._view.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._view.__exit__()
+        if isinstance(error, KeyboardInterrupt):
+            self.ledger.failed(time.time(), "driver", "stopped by Ctrl-C")
+        self.ledger.end_session(time.time())
+        self._log.close()
+        if error is not None and not isinstance(error, UserError | KeyboardInterrupt) and self._tracebacks:
+            self._console.print(self._tracebacks[0], highlight=False, markup=False)
+        if self.ledger.restarts():
+            self._console.print(self.ledger.table())
+
+    def enter(self, event: Event) -> None:
+        """Take note of an event.
+
+        Raises:
+            UserError: another driver has taken the run.
+        """
+        if self._lease.lost is not None:
+            raise UserError(f"{self._lease.lost} has taken this run, which it may when this driver is not heard of")
+        kind, at = event["kind"], event["time"]
+        if kind == "tick":
+            return
+        self._log.write(event)
+        if kind == "step":
+            self.ledger.reached(at, event["step"], event["useful_s"])
+            self._lease.note(event["step"], event["useful_s"])
+        elif kind == "attempt":
+            self._tracebacks = []
+            self.ledger.start_attempt(
+                at, world_size=event["world"], from_step=event["step"], useful_s=event["useful_s"]
+            )
+            self._save(self.ledger.to_record())
+        elif kind == "failure":
+            self.ledger.failed(at, event["why"], event["reason"])
+            self._save(self.ledger.to_record())
+            self._view.say(f"{event['why']}: {event['reason']}; the workers are started again")
+        elif kind == "traceback":
+            self._tracebacks.append(f"rank {event['rank']}:\n{event['text']}")
+        self._view.show(event)

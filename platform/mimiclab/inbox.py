@@ -1,0 +1,101 @@
+"""Where the processes of a run tell its driver what happens: an actor beside the driver.
+
+Workers come and go, and may share no file system with the driver; Ray's own forwarding of their output mixes in all
+processes' noise. What is told costs the one who tells it no waiting.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+Event = dict[str, Any]
+"""`kind`, `time` in seconds since 1970, and what belongs to the kind."""
+
+# Far more than a driver that listens leaves unread; one that is stopped in a debugger must not fill the memory.
+_MAX_UNREAD = 100_000
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the next attempt of a run, and who decides about it, has to know of those before."""
+
+    reached: int = 0
+    """The last step that was done by any of them."""
+    start: int = 0
+    """The step from which the latest of them began."""
+    nodes: tuple[str, ...] = ()
+    """Ids of the nodes that its workers run on, in the order of ranks."""
+    why: str | None = None
+    """What ended the latest that has ended, as `restarts.Why`."""
+
+
+class _Inbox:
+    """The actor."""
+
+    def __init__(self) -> None:
+        self._unread: deque[Event] = deque(maxlen=_MAX_UNREAD)
+        self._facts: dict[str, Any] = {}
+
+    def put(self, event: Event) -> None:
+        """Take an event, and remember of it what `Facts` holds."""
+        self._unread.append(event)
+        if event["kind"] == "step":
+            self._facts["reached"] = max(self._facts.get("reached", 0), event["step"])
+        elif event["kind"] == "attempt":
+            self._facts["start"] = event["step"]
+            self._facts["nodes"] = tuple(event["nodes"])
+        elif event["kind"] == "failure":
+            self._facts["why"] = event["why"]
+
+    def take(self) -> list[Event]:
+        """Give the events that nobody has taken yet, in the order of their arrival."""
+        events = list(self._unread)
+        self._unread.clear()
+        return events
+
+    def facts(self) -> Facts:
+        """Give what is known."""
+        return Facts(**self._facts)
+
+
+class Inbox:
+    """A handle on the actor, which travels to other processes of the cluster."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    @staticmethod
+    def open() -> Inbox:
+        """Start one on this machine; it ends with the driver."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        return Inbox(ray.remote(num_cpus=0, scheduling_strategy=here)(_Inbox).remote())
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        """Put in an event, with the present time; does not wait for it to arrive."""
+        self._actor.put.remote({"kind": kind, "time": time.time(), **fields})
+
+    def take(self) -> list[Event]:
+        """What has arrived since the last call, in order."""
+        import ray
+
+        events: list[Event] = ray.get(self._actor.take.remote())
+        return events
+
+    def facts(self, timeout_s: float = 30.0) -> Facts:
+        """What is known of the attempts so far."""
+        import ray
+
+        facts: Facts = ray.get(self._actor.facts.remote(), timeout=timeout_s)
+        return facts
+
+    def close(self) -> None:
+        """End the actor; what it holds is lost."""
+        import ray
+
+        ray.kill(self._actor)

@@ -1,0 +1,144 @@
+"""What becomes of a run when its workers fail: why they did, and whether they are started again.
+
+Ray counts in its own way: workers that leave in good order because their machine is announced to go look to it like a
+crash. So it is told to start them again for ever, and this decides; it runs in Ray Train's controller and so imports
+nothing heavy.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ray.exceptions import RayActorError
+from ray.train import UserCallback
+
+from mimiclab.errors import NoRetryError, UserError
+from mimiclab.inbox import Inbox
+from mimiclab.preemption import LeavingError, draining_nodes
+
+Why = Literal["preemption", "node lost", "crash", "growth"]
+
+_FIRST_PAUSE_S = 2.0
+_MAX_PAUSE_S = 60.0
+_CONNECT_S = 2.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why workers stopped."""
+
+    why: Why
+    reason: str
+    """A line for people."""
+
+
+class Restarts(UserCallback):  # type: ignore[misc]
+    """Counts preemptions and crashes, each against its own budget.
+
+    Args:
+        inbox: gets an event for every failure.
+        max_crashes: in a row, without a new checkpoint between them.
+        max_preemptions: None for any number. A node that is gone without a notice counts as one.
+    """
+
+    def __init__(self, inbox: Inbox, *, max_crashes: int, max_preemptions: int | None) -> None:
+        self._inbox = inbox
+        self._max = {"crash": max_crashes, "preemption": max_preemptions}
+        self._num = {"crash": 0, "preemption": 0}
+        self._start = -1
+
+    def after_exception(self, run_context: object, worker_exceptions: Mapping[int, BaseException]) -> None:
+        """Called by Ray once for each failure of the workers.
+
+        Raises:
+            UserError: a mistake that no attempt will get around; as all that is raised here, it ends the run.
+            NoRetryError: see there; or a budget is used up.
+        """
+        for error in _causes(worker_exceptions):
+            if isinstance(error, UserError | NoRetryError):
+                raise error
+        facts = self._inbox.facts()
+        failure = diagnose(worker_exceptions, facts.nodes)
+        self._inbox.tell("failure", why=failure.why, reason=failure.reason)
+        if failure.why == "growth":
+            return
+        kind = "crash" if failure.why == "crash" else "preemption"
+        if facts.start > self._start:  # the attempt before this one had made a checkpoint
+            self._num["crash"] = 0
+        self._start = facts.start
+        self._num[kind] += 1
+        limit = self._max[kind]
+        if limit is not None and self._num[kind] > limit:
+            what = "crashed in a row, without a new checkpoint" if kind == "crash" else "were taken their machines"
+            raise NoRetryError(
+                f"scale.max_{'crashes' if kind == 'crash' else 'preemptions'}: {limit}, and the workers {what} "
+                f"{self._num[kind]} times; the last time: {failure.reason}"
+            )
+        if kind == "crash" and self._num[kind] > 1:
+            time.sleep(min(_FIRST_PAUSE_S * 2 ** (self._num[kind] - 2), _MAX_PAUSE_S))
+
+
+def diagnose(worker_exceptions: Mapping[int, BaseException], nodes: tuple[str, ...]) -> Failure:
+    """Find out why workers stopped.
+
+    When one goes, the others fail with it as their connections break: what happened to the machines tells more than
+    the first exception.
+
+    Args:
+        worker_exceptions: by rank.
+        nodes: ids of the nodes that they ran on.
+    """
+    errors = list(_causes(worker_exceptions))
+    for error in errors:
+        if isinstance(error, LeavingError):
+            return Failure("growth" if error.why == "growth" else "preemption", error.reason)
+    drained = sorted(set(nodes) & draining_nodes().keys())
+    if drained or any(isinstance(error, RayActorError) and error.preempted for error in errors):
+        return Failure("preemption", f"a machine was taken before its deadline{_named(drained)}")
+    lost = sorted(_lost(nodes))
+    if lost:
+        return Failure("node lost", f"a machine is gone without a notice{_named(lost)}")
+    return Failure("crash", _summary(worker_exceptions))
+
+
+def _causes(worker_exceptions: Mapping[int, BaseException]) -> Iterator[BaseException]:
+    """Every exception, and those inside of it."""
+    for outer in worker_exceptions.values():
+        error: Any = outer
+        while error is not None:
+            yield error
+            error = getattr(error, "health_check_failure", None) or error.__cause__
+
+
+def _lost(nodes: tuple[str, ...]) -> Iterator[str]:
+    """Those of the nodes that are dead, or that Ray will find dead soon: it takes seconds to notice."""
+    import ray
+
+    known = {node["NodeID"]: node for node in ray.nodes()}
+    for node_id in nodes:
+        node = known.get(node_id)
+        if node is None or not node["Alive"]:
+            yield node_id
+            continue
+        try:
+            socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), _CONNECT_S).close()
+        except OSError:
+            yield node_id
+
+
+def _named(nodes: list[str]) -> str:
+    return f" (node {', '.join(node[:8] for node in nodes)})" if nodes else ""
+
+
+def _summary(worker_exceptions: Mapping[int, BaseException]) -> str:
+    """The failure that says most: of a worker that is dead, else the first; its last line."""
+    dead = [rank for rank, error in worker_exceptions.items() if hasattr(error, "health_check_failure")]
+    if dead:
+        return f"the process of rank {min(dead)} died"
+    rank = min(worker_exceptions)
+    lines = str(worker_exceptions[rank]).strip().splitlines() or [""]
+    return f"rank {rank}: {type(worker_exceptions[rank]).__name__}: {lines[-1][:300]}"

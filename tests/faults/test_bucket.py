@@ -1,0 +1,54 @@
+"""A run whose storage speaks S3's protocol, from its start over a death to its end."""
+
+import http.client
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from moto.server import ThreadedMotoServer
+from tinyruns import NUM_STEPS, assert_same, quiet, said, tiny, workers
+
+from mimiclab import runs
+from mimiclab.train import train
+
+pytestmark = [pytest.mark.cluster, pytest.mark.server]
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """URI of a folder in a bucket that lives as long as the server."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    connection = http.client.HTTPConnection(host, port)
+    connection.request("PUT", "/tests")
+    assert connection.getresponse().status == 200
+    yield f"s3://tests/place?endpoint_override={host}:{port}&scheme=http"
+    server.stop()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_in_a_bucket_is_the_run_on_a_disk(undisturbed: runs.Run, root: Path, bucket: str) -> None:
+    experiment = tiny(root, f"where.storage={bucket}", f"where.tracking=sqlite:///{root}/bucket.db")
+    console = quiet()
+    killed: list[int] = []
+
+    def kill_once(text: str) -> None:
+        if "epoch 2" in text and not killed:
+            killed.extend(worker.pid for worker in workers())
+            for worker in workers():
+                worker.kill()
+
+    write = console.file.write
+    console.file.write = lambda text: (kill_once(text), write(text))[1]  # type: ignore[method-assign]
+    run = train(experiment, console=console)
+    assert killed
+    assert "crash: " in said(console)
+    assert run.status == "finished"
+    assert run.storage.local is None
+    assert_same(run, undisturbed)
+    found = run.storage.sizes()
+    assert {"run.json", "experiment.yaml", "progress.jsonl", "checkpoints", "pictures"} <= set(found)
+    steps = [line for line in run.storage.read("progress.jsonl").decode().splitlines() if '"kind": "step"' in line]
+    assert len(steps) >= NUM_STEPS
+    assert train(experiment, console=quiet()).status == "finished"
