@@ -6,7 +6,7 @@ READY := .venv/.ready
 UV := $(BIN)/uv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-all lint format type-check lock bench ui clean
+.PHONY: help setup demo test test-fast test-faults test-all lint format type-check lock bench ui clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,9 +37,13 @@ test: $(READY) ## all tests but those that take minutes each
 test-fast: $(READY) ## tests that need neither a cluster nor a server, and no patience
 	$(BIN)/pytest -m "not cluster and not server and not slow and not long"
 
+test-faults: $(READY) ## tests that kill, fill and cut off what a run stands on
+	$(BIN)/pytest -m "not long" tests/faults
+
 test-all: $(READY) ## every test
 	$(BIN)/pytest tests/unit
 	$(BIN)/pytest tests/integration
+	$(BIN)/pytest tests/faults
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .

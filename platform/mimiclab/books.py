@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 
@@ -14,7 +14,7 @@ from mimiclab.inbox import Event
 from mimiclab.lease import Lease
 from mimiclab.ledger import Ledger
 from mimiclab.progress import ProgressLog, ProgressView
-from mimiclab.storage import Storage
+from mimiclab.runs import Run
 
 
 class Books:
@@ -23,24 +23,16 @@ class Books:
     Args:
         ledger: of the run's earlier drivers.
         lease: the driver's; it says how the one before ended.
-        storage: the run's folder.
+        run: where the log goes, and the ledger for the next driver.
         console: shows progress.
-        save: keeps the ledger's record where the next driver finds it.
     """
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        lease: Lease,
-        storage: Storage,
-        console: Console,
-        save: Callable[[dict[str, Any]], object],
-    ) -> None:
+    def __init__(self, ledger: Ledger, lease: Lease, run: Run, console: Console) -> None:
         self.ledger = ledger
         self._lease = lease
         self._console = console
-        self._save = save
-        self._log = ProgressLog(storage)
+        self._run = run
+        self._log = ProgressLog(run.storage)
         self._view = ProgressView(console)
         self._tracebacks: list[str] = []
 
@@ -85,11 +77,16 @@ class Books:
             self.ledger.start_attempt(
                 at, world_size=event["world"], from_step=event["step"], useful_s=event["useful_s"]
             )
-            self._save(self.ledger.to_record())
+            self._keep()
         elif kind == "failure":
             self.ledger.failed(at, event["why"], event["reason"])
-            self._save(self.ledger.to_record())
+            self._keep()
             self._view.say(f"{event['why']}: {event['reason']}; the workers are started again")
         elif kind == "traceback":
             self._tracebacks.append(f"rank {event['rank']}:\n{event['text']}")
         self._view.show(event)
+
+    def _keep(self) -> None:
+        # A store that is full or away for a while ends no run; what it missed comes with the next record.
+        with contextlib.suppress(UserError):
+            replace(self._run, ledger=self.ledger.to_record()).write()

@@ -52,8 +52,8 @@ Address = Annotated[
     typer.Option(metavar="HOST:PORT", help="Head of a Ray cluster; $RAY_ADDRESS, else this machine."),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Remove the run of this name and start anew.")]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name, MLflow id or folder of a run.")]
-Storage = Annotated[str, typer.Option(help="Folder that holds the runs.")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name, MLflow id, folder or URI of a run.")]
+Storage = Annotated[str, typer.Option(help="Folder or URI that holds the runs.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -193,7 +193,9 @@ def predict(
 def export(
     run: RunName,
     format: Annotated[Literal["onnx", "torch"], typer.Option(help="ONNX, or torch's exported program (.pt2).")],
-    output: Annotated[Path | None, typer.Option(help="File to write; RUN.onnx or RUN.pt2 in the run's folder.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; in the run's folder, or here if that is remote.")
+    ] = None,
     storage: Storage = "./runs",
     verbose: Verbose = False,
 ) -> None:
@@ -465,6 +467,8 @@ def drill(
     from mimiclab.drill.drill import drill
     from mimiclab.experiment import load_experiment
 
+    # Its table is wide; without a terminal, rich takes 80 columns for all there are.
+    console = Console(soft_wrap=True, markup=False, width=None if sys.stdout.isatty() else 140)
     findings = drill(
         load_experiment(experiment, overrides or ()),
         events=events,
@@ -473,7 +477,7 @@ def drill(
         elastic=elastic,
         tolerance=tolerance,
         fresh=fresh,
-        console=Console(soft_wrap=True, markup=False),
+        console=console,
         verbose=verbose,
     )
     if not findings.hold:

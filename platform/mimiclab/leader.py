@@ -106,8 +106,9 @@ class Leader:
         if newest is not None:
             meta = newest.meta
             self._best, self._metrics = meta["best"], meta["metrics"]
-            self._evaluated, self._since_best = meta["evaluated"], meta["since_best"]
-            self._stopped, self._useful_s = meta["stopped"], meta["useful_s"]
+            # Checkpoints of earlier versions say less.
+            self._evaluated, self._since_best = meta.get("evaluated", newest.step), meta.get("since_best", 0)
+            self._stopped, self._useful_s = meta.get("stopped", False), meta.get("useful_s", 0.0)
             unsent = [Row(*row) for row in meta["unsent"]]
             where = f"from step {newest.step}"
         self._saved = engine.step
@@ -182,6 +183,7 @@ class Leader:
             num_steps=engine.num_steps,
             loss=values["loss"],
             images_per_s=values["images_per_s"],
+            seconds=seconds,
             useful_s=self._useful_s,
         )
 

@@ -122,7 +122,7 @@ class Lease:
         self._thread.start()
 
     @classmethod
-    def take(cls, storage: Storage, name: str, on_lost: Callable[[Holder], None]) -> Lease:
+    def take(cls, storage: Storage, name: str, on_lost: Callable[[Holder], None] = lambda _: None) -> Lease:
         """Become the driver of a run, and stay it until the lease is released.
 
         Args:

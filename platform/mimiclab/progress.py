@@ -46,7 +46,8 @@ class ProgressLog:
         """Add an event."""
         line = json.dumps(event) + "\n"
         if self._file is not None:
-            self._file.write(line)
+            with contextlib.suppress(OSError):  # as below
+                self._file.write(line)
             return
         self._lines.append(line)
         if time.monotonic() - self._written > _REMOTE_LOG_S:

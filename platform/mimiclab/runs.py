@@ -50,6 +50,8 @@ class Run:
     status: Status
     ledger: dict[str, Any] = field(default_factory=dict)
     """What its restarts cost, see ledger.py."""
+    recorded: bool = False
+    """Whether the tracking server knows of its end."""
 
     @property
     def name(self) -> str:
@@ -72,7 +74,7 @@ class Run:
 
     def with_status(self, status: Status) -> Run:
         """Record how the run stands."""
-        run = replace(self, status=status)
+        run = replace(self, status=status, recorded=False)
         run.write()
         return run
 

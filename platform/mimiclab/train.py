@@ -23,7 +23,7 @@ from mimiclab.reaper import reap
 from mimiclab.runs import Run
 from mimiclab.schema import DataConfig, Experiment
 from mimiclab.session import ray_session
-from mimiclab.storage import MissingError, Storage
+from mimiclab.storage import MissingError
 from mimiclab.tracking import runs as tracking
 
 if TYPE_CHECKING:
@@ -70,71 +70,83 @@ def train(
         UserError: anything that the user can mend, found before a worker starts wherever possible.
         KeyboardInterrupt: the run is recorded as killed; the same command goes on from its last checkpoint.
     """
-    from mimiclab.data.coco import content_hash
-
+    runs.check(experiment, fresh=fresh)
     if splits is None:
         splits = check(experiment, console, fresh=fresh)
     uri = tracking.absolute_uri(experiment.where.tracking)
-    runs.check(experiment, fresh=fresh)
     before = None if fresh else complete(experiment, splits)
     if before is not None:
-        _conclude(before, Ledger.from_record(before.ledger), console)
+        if not before.recorded:
+            _conclude(before, Ledger.from_record(before.ledger), console)
         console.print(f"run {experiment.name} is complete already; --fresh starts it anew", highlight=False)
         return before
 
-    located = _located(experiment)
     with ray_session(address, experiment.scale, verbose=verbose):
-        # Before an earlier run is removed: packing reads every image.
-        data = _packed(located, splits, console)
-        # Nothing is made or removed before the cluster has answered and is large enough.
-        storage = runs.storage_of(experiment)
-        with Lease.take(storage, experiment.name, lambda _: None) as lease:
+        # Before an earlier run is removed: packing reads every image. Nothing is made or removed before the cluster
+        # has answered and is large enough.
+        job = {
+            "experiment": _located(experiment).model_dump_json(),
+            "data": _packed(_located(experiment), splits, console).model_dump_json(),
+        }
+        with Lease.take(runs.storage_of(experiment), experiment.name) as lease:
             _reap(experiment, console)
-            runs.prepare(experiment, fresh=fresh)
-            if fresh:
-                tracking.forget_run(uri, experiment.where.project, experiment.name, identity(experiment))
-            mlflow_run_id = tracking.open_run(
-                uri,
-                experiment.where.project,
-                experiment.name,
-                identity(experiment),
-                params={key: str(value) for key, value in flatten(experiment).items()},
-                tags={"mimiclab.classes": ", ".join(splits.train.classes), **(tags or {})},
-            )
-            before = runs.read(storage)
-            ledger = Ledger.from_record(before.ledger if before else {})
-            run = Run(storage, identity(experiment), uri, mlflow_run_id, splits.train.classes, "running")
+            run = _open(experiment, splits, uri, fresh=fresh, tags=tags or {})
+            return _train(run, experiment, job, lease, console, callbacks)
 
-            def save(record: dict[str, Any]) -> None:
-                replace(run, ledger=record).write()
 
-            status: runs.Status = "failed"
-            try:
-                save(ledger.to_record())
-                tracking.log_text(uri, mlflow_run_id, resolved_yaml(experiment))
-                for context, split in (("train", splits.train), ("val", splits.val)):
-                    name = split.annotations.stem
-                    tracking.log_dataset_input(uri, mlflow_run_id, name, content_hash(split), split.origin, context)
-                job = {
-                    "experiment": located.model_dump_json(),
-                    "data": data.model_dump_json(),
-                    "folder": storage.uri,
-                    "tracking": uri,
-                    "mlflow_run_id": mlflow_run_id,
-                }
-                with Books(ledger, lease, storage, console, save) as books:
-                    console.print(f"starting {experiment.scale.workers} workers", highlight=False)
-                    for event in fit(experiment, job, storage, callbacks):
-                        books.enter(event)
-                status = "finished"
-            except KeyboardInterrupt:
-                status = "killed"
-                console.print("stopped; the same command goes on from the last checkpoint")
-                raise
-            finally:
-                if lease.lost is None:
-                    run = replace(run, ledger=ledger.to_record()).with_status(status)
-                    _conclude(run, ledger, console)
+def _open(experiment: Experiment, splits: Splits, uri: str, *, fresh: bool, tags: Mapping[str, str]) -> Run:
+    """Make a run, here and in MLflow, or find it again."""
+    from mimiclab.data.coco import content_hash
+
+    storage = runs.prepare(experiment, fresh=fresh)
+    before = runs.read(storage)
+    known = identity(experiment)
+    if fresh:
+        tracking.forget_run(uri, experiment.where.project, experiment.name, known)
+    mlflow_run_id = tracking.open_run(
+        uri,
+        experiment.where.project,
+        experiment.name,
+        known,
+        params={key: str(value) for key, value in flatten(experiment).items()},
+        tags={"mimiclab.classes": ", ".join(splits.train.classes), **tags},
+    )
+    ledger = before.ledger if before else {}
+    run = Run(storage, known, uri, mlflow_run_id, splits.train.classes, "running", ledger)
+    run.write()
+    tracking.log_text(uri, mlflow_run_id, resolved_yaml(experiment))
+    for context, split in (("train", splits.train), ("val", splits.val)):
+        name = split.annotations.stem
+        tracking.log_dataset_input(uri, mlflow_run_id, name, content_hash(split), split.origin, context)
+    return run
+
+
+def _train(
+    run: Run,
+    experiment: Experiment,
+    job: Mapping[str, Any],
+    lease: Lease,
+    console: Console,
+    callbacks: Sequence[UserCallback],
+) -> Run:
+    """Have workers train, keep the books of it, and record how it ended."""
+    ledger = Ledger.from_record(run.ledger)
+    place = {"folder": run.storage.uri, "tracking": run.tracking, "mlflow_run_id": run.mlflow_run_id}
+    status: runs.Status = "failed"
+    try:
+        with Books(ledger, lease, run, console) as books:
+            console.print(f"starting {experiment.scale.workers} workers", highlight=False)
+            for event in fit(experiment, {**job, **place}, run.storage, callbacks):
+                books.enter(event)
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "killed"
+        console.print("stopped; the same command goes on from the last checkpoint")
+        raise
+    finally:
+        if lease.lost is None:
+            run = replace(run, ledger=ledger.to_record()).with_status(status)
+            _conclude(run, ledger, console)
     return run
 
 
@@ -193,7 +205,7 @@ def num_steps(experiment: Experiment, splits: Splits) -> int:
 
 def _reap(experiment: Experiment, console: Console) -> None:
     """Correct what drivers that died have left behind as running, of all runs beside this one."""
-    place = Storage(experiment.where.storage)
+    place = runs.root_of(experiment)
     found = []
     for name in place.folders():
         with contextlib.suppress(UserError):  # of one that cannot be read its own command says so
@@ -220,6 +232,7 @@ def _conclude(run: Run, ledger: Ledger, console: Console) -> None:
         run.storage.delete(runs.UNSENT)
         tracking.set_tags(run.tracking, run.mlflow_run_id, ledger.tags())
         tracking.end_run(run.tracking, run.mlflow_run_id, status[run.status])
+        replace(run, recorded=True).write()
     except Exception as error:
         console.print(
             f"warning: {run.tracking} did not take the end of the run ({str(error).splitlines()[0][:200]}); the same "
@@ -250,7 +263,7 @@ def _packed(located: Experiment, splits: Splits, console: Console) -> DataConfig
     """The data as workers read it: plain files packed once, next to the runs, where every worker sees them."""
     from mimiclab.data.splits import pack_splits
 
-    folder = Storage(located.where.storage) / _DATA_FOLDER
+    folder = runs.root_of(located) / _DATA_FOLDER
     return pack_splits(located.data, splits, folder, lambda text: console.print(text, highlight=False))
 
 

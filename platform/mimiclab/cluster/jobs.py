@@ -77,7 +77,7 @@ def submit_train(
     """
     name = experiment.name if name is None else check_name(name)
     runs.check(experiment, fresh=fresh)
-    run = str(runs.folder_of(experiment))
+    run = runs.storage_of(experiment).name
     check_resources(resources(client), experiment.scale)
     job_id = next_id(name, run, list_jobs(client))
     with tempfile.TemporaryDirectory() as folder:
