@@ -82,6 +82,8 @@ def _measure(experiment: Experiment, rounds: int, seconds: float) -> None:
         sides = {"in Ray Train": worker, "the engine alone": psutil.Process(bare.pid)}
         for process in sides.values():
             process.suspend()
+        _all_steps(reader)
+        list(_received(here))
         for number in range(rounds):
             for name in list(sides)[:: 1 if number % 2 else -1]:
                 with _awake(sides[name]):

@@ -70,7 +70,10 @@ class Books:
             return
         self._log.write(event)
         if kind == "step":
+            is_first = self.ledger.attempts[-1].first_step is None
             self.ledger.reached(at, event["step"], event["useful_s"])
+            if is_first:
+                self._keep()
             self._lease.note(event["step"], event["useful_s"])
         elif kind == "attempt":
             self._tracebacks = []

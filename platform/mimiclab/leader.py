@@ -216,9 +216,7 @@ class Leader:
     def save_if_due(self, engine: Engine, *, epoch_end: bool) -> None:
         """Make a checkpoint at the end of an epoch, and every so many steps."""
         every = self._experiment.checkpoint.every_steps
-        if epoch_end or (
-            engine.step - self._saved >= self._auto_steps() if every == "auto" else engine.step % every == 0
-        ):
+        if epoch_end or engine.step - self._saved >= (self._auto_steps() if every == "auto" else self._ahead(every)):
             self.save(engine)
 
     def save(self, engine: Engine, *, notice: bool = False) -> None:
@@ -279,6 +277,12 @@ class Leader:
     def _needs_s(self) -> float:
         """How long before a machine's end all must have stopped: a step, and a checkpoint until it is written."""
         return _RESERVE * (self._step_s + (self._saver.written_s or 0.0)) + _RESERVE_S
+
+    def _ahead(self, every: int) -> int:
+        """Steps between checkpoints so that no more than `every` are lost, even with one that is still being written."""
+        if not self._step_s:
+            return every
+        return max(1, every - math.ceil((self._saver.written_s or 0.0) / self._step_s))
 
     def _auto_steps(self) -> int:
         mtbf_minutes = self._experiment.scale.mtbf_minutes

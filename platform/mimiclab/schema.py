@@ -203,7 +203,8 @@ class CheckpointConfig(_Section):
     """How often the state of a run is written, and how much of it is kept."""
 
     every_steps: PositiveInt | Literal["auto"] = 50
-    """Besides the end of every epoch. auto weighs a checkpoint's cost, as measured, against `scale.mtbf_minutes`."""
+    """Most steps that a kill costs: a checkpoint is begun early enough to be whole by then, and at the end of an epoch.
+    auto weighs a checkpoint's cost, as measured, against `scale.mtbf_minutes`."""
     keep: PositiveInt = 2
     """How many of the newest checkpoints are kept, besides the best one; as many that a notice made."""
 

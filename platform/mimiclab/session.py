@@ -21,7 +21,7 @@ ENVIRONMENT = {
     # One process fewer: rank 0 asks for notices itself, see preemption.py.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # How long workers wait for a node that has just died, and that Ray still counts, before it looks again.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
     # Started by `uv run`, every node would build an environment of its own.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
