@@ -84,7 +84,7 @@ class Books:
         elif kind == "failure":
             self.ledger.failed(at, event["why"], event["reason"])
             self._keep()
-            self._view.say(f"{event['why']}: {event['reason']}; the workers are started again")
+            self._view.say(f"{event['why']}: {event['reason']}")
         elif kind == "traceback":
             self._tracebacks.append(f"rank {event['rank']}:\n{event['text']}")
         self._view.show(event)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mimiclab.errors import NoRetryError, UserError
@@ -20,6 +20,8 @@ from mimiclab.storage import Storage
 if TYPE_CHECKING:
     from ray.train import UserCallback
 
+    from mimiclab.restarts import Restarts
+
 _POLL_S = 0.3
 # How long workers may take to start before a person is told what they may be waiting for.
 _PATIENCE_S = 60.0
@@ -30,7 +32,7 @@ RAY_FOLDER = "ray"
 
 def fit(
     experiment: Experiment, job: Mapping[str, Any], storage: Storage, callbacks: Sequence[UserCallback] = ()
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Run workers to the end of training, over their failures, and yield what they tell.
 
     Ray Train works in a thread: the caller's is where Ctrl-C arrives.
@@ -49,32 +51,56 @@ def fit(
         NoRetryError: training cannot go on.
         Exception: whatever else made Ray Train give up.
     """
-    storage.delete_folder(RAY_FOLDER)
     inbox = Inbox.open()
     failure: list[BaseException] = []
-    trainer = _trainer(experiment, {**job, "inbox": inbox}, storage, inbox, callbacks)
 
     def run() -> None:
         try:
-            trainer.fit()
+            _fit_over_starts(experiment, {**job, "inbox": inbox}, storage, inbox, callbacks)
         except BaseException as error:
             failure.append(error)
 
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
     waiting = _Waiting(experiment.scale)
     thread.start()
-    while thread.is_alive():
-        thread.join(_POLL_S)
-        for event in inbox.take():
-            waiting.hear(event)
-            yield event
-        yield {"kind": "tick", "time": time.time()}
-        if text := waiting.text():
-            yield {"kind": "text", "time": time.time(), "text": text}
-    yield from inbox.take()
-    inbox.close()
+    try:
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            for event in inbox.take():
+                waiting.hear(event)
+                yield event
+            yield {"kind": "tick", "time": time.time()}
+            if text := waiting.text():
+                yield {"kind": "text", "time": time.time(), "text": text}
+        yield from inbox.take()
+    finally:
+        # Also where the caller stops listening: nobody may write into the run after that.
+        inbox.close()
     if failure:
         raise _cause(failure[0])
+
+
+def _fit_over_starts(
+    experiment: Experiment, job: Mapping[str, Any], storage: Storage, inbox: Inbox, callbacks: Sequence[UserCallback]
+) -> None:
+    """Run Ray Train, again where it gives up because workers failed while they started, which it does at once."""
+    from ray.exceptions import RayActorError, RayTaskError
+    from ray.train import ControllerError
+
+    from mimiclab.restarts import Failure
+
+    restarts = _restarts(experiment, inbox)
+    while True:
+        storage.delete_folder(RAY_FOLDER)
+        try:
+            _trainer(experiment, job, storage, inbox, callbacks).fit()
+            return
+        except ControllerError as error:
+            inner = error.controller_failure
+            if isinstance(inner, UserError | NoRetryError) or not isinstance(inner, RayActorError | RayTaskError):
+                raise
+            reason = (str(inner).strip().splitlines() or [""])[-1][:300]
+            restarts.count(Failure("crash", f"a worker failed while it started: {reason}"), inbox.facts())
 
 
 def _trainer(
@@ -83,11 +109,8 @@ def _trainer(
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from mimiclab.restarts import Restarts
-
     scale = experiment.scale
     workers = scale.workers
-    restarts = Restarts(inbox, max_crashes=scale.max_crashes, max_preemptions=scale.max_preemptions)
     return TorchTrainer(
         _loop,
         train_loop_config=dict(job),
@@ -105,12 +128,19 @@ def _trainer(
         run_config=RunConfig(
             name=RAY_FOLDER,
             storage_path=storage.uri if storage.local is None else str(storage.local),
-            callbacks=[restarts, *callbacks],
+            callbacks=[_restarts(experiment, inbox), *callbacks],
             # Started again for ever: `Restarts` decides.
             failure_config=FailureConfig(max_failures=-1, max_preemption_failures=-1, controller_failure_limit=-1),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
+
+
+def _restarts(experiment: Experiment, inbox: Inbox) -> Restarts:
+    from mimiclab.restarts import Restarts
+
+    scale = experiment.scale
+    return Restarts(inbox, max_crashes=scale.max_crashes, max_preemptions=scale.max_preemptions)
 
 
 def _loop(job: Mapping[str, Any]) -> None:

@@ -24,10 +24,12 @@ class Facts:
 
     reached: int = 0
     """The last step that was done by any of them."""
-    start: int = 0
-    """The step from which the latest of them began."""
+    saved: int = 0
+    """The step of the newest checkpoint."""
     nodes: tuple[str, ...] = ()
-    """Ids of the nodes that its workers run on, in the order of ranks."""
+    """Ids of the nodes that the workers at work run on, in the order of ranks; none before they have begun."""
+    world: int = 0
+    """How many the latest of them were."""
     why: str | None = None
     """What ended the latest that has ended, as `restarts.Why`."""
 
@@ -38,6 +40,7 @@ class _Inbox:
     def __init__(self) -> None:
         self._unread: deque[Event] = deque(maxlen=_MAX_UNREAD)
         self._facts: dict[str, Any] = {}
+        self._workers: list[Any] = []
 
     def put(self, event: Event) -> None:
         """Take an event, and remember of it what `Facts` holds."""
@@ -45,10 +48,12 @@ class _Inbox:
         if event["kind"] == "step":
             self._facts["reached"] = max(self._facts.get("reached", 0), event["step"])
         elif event["kind"] == "attempt":
-            self._facts["start"] = event["step"]
-            self._facts["nodes"] = tuple(event["nodes"])
+            self._facts |= {"saved": event["step"], "nodes": tuple(event["nodes"]), "world": len(event["nodes"])}
+        elif event["kind"] == "checkpoint":
+            self._facts["saved"] = event["step"]
         elif event["kind"] == "failure":
-            self._facts["why"] = event["why"]
+            # The next attempt may fail before it can say where it is.
+            self._facts |= {"why": event["why"], "nodes": ()}
 
     def take(self) -> list[Event]:
         """Give the events that nobody has taken yet, in the order of their arrival."""
@@ -59,6 +64,14 @@ class _Inbox:
     def facts(self) -> Facts:
         """Give what is known."""
         return Facts(**self._facts)
+
+    def enlist(self, worker: list[Any]) -> None:
+        """Take the handle of a worker, in a list: by itself Ray would resolve it."""
+        self._workers += worker
+
+    def workers(self) -> list[Any]:
+        """Give all handles."""
+        return self._workers
 
 
 class Inbox:
@@ -94,8 +107,20 @@ class Inbox:
         facts: Facts = ray.get(self._actor.facts.remote(), timeout=timeout_s)
         return facts
 
-    def close(self) -> None:
-        """End the actor; what it holds is lost."""
+    def enlist(self) -> None:
+        """Let `close` end the worker that calls this."""
         import ray
 
+        self._actor.enlist.remote([ray.get_runtime_context().current_actor])
+
+    def close(self) -> None:
+        """End the workers that still are at work, and the actor; what it holds is lost.
+
+        Without it there is nobody to tell, and no attempt begins any more.
+        """
+        import ray
+
+        workers = ray.get(self._actor.workers.remote())
         ray.kill(self._actor)
+        for worker in workers:
+            ray.kill(worker)

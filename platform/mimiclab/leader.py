@@ -6,10 +6,8 @@ import contextlib
 import io
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +44,7 @@ _RESERVE_S = 3.0
 # A store that takes longer for one checkpoint is taken to be broken.
 _FLUSH_TIMEOUT_S = 1800.0
 _FAILED_FLUSH_TIMEOUT_S = 60.0
+_PATIENCE_OF_OTHERS = 0.8
 # Before anything is measured, `checkpoint.every_steps: auto` is this.
 _FIRST_EVERY_STEPS = 50
 
@@ -74,6 +73,7 @@ class Leader:
         self._classes = splits.train.classes
         self._content = content_of(splits)
         self._best: dict[str, Any] | None = None
+        self._best_before: dict[str, Any] | None = None
         self._metrics: dict[str, float] = {}
         self._evaluated = 0
         self._since_best = 0
@@ -115,7 +115,7 @@ class Leader:
         before = self._inbox.facts()
         self._tracker = MlflowTracker(self._tracking, self._mlflow_run_id, unsent)
         keep = self._experiment.checkpoint.keep
-        self._saver = Saver(self._folder / CHECKPOINTS, keep=keep, warn=self._warn)
+        self._saver = Saver(self._folder / CHECKPOINTS, keep=keep, warn=self._warn, written=self._tell_saved)
         self._machines = Machines(draining_nodes, nodes, room=self._room(world, before))
         self._inbox.tell("attempt", step=engine.step, world=world, nodes=list(nodes), useful_s=self._useful_s)
         plural = "s" if world > 1 else ""
@@ -138,8 +138,7 @@ class Leader:
             left = math.inf if notice.deadline is None else notice.deadline - time.time()
             if notice.deadline is None or left < self._needs_s():
                 self._leaving = LeavingError("preemption", f"{_named(notice)} announced to go")
-        elif self._machines.room():
-            more = self._machines.room()
+        elif more := self._machines.room():
             self._leaving = LeavingError("growth", f"there is room for {more} more worker{'s' if more > 1 else ''}")
         return 1.0 if self._leaving else 0.0
 
@@ -154,12 +153,18 @@ class Leader:
         self._say(f"step {engine.step}: {_named(notice)} announced to go{in_words}; saving a checkpoint")
         self.save(engine, notice=True)
 
+    def brace(self, engine: Engine) -> None:
+        """Before an evaluation, in which none can leave: make a checkpoint where a machine is to go."""
+        if self._machines.notice() is not None:
+            self.save(engine, notice=True)
+
     def leave(self, engine: Engine) -> LeavingError:
         """Save what was done, and wait until it is; the others wait for that. Gives why they leave."""
         assert self._leaving is not None
         if engine.step != self._saved:
             self.save(engine, notice=self._leaving.why == "preemption")
-        self._saver.flush(_FLUSH_TIMEOUT_S)
+        with contextlib.suppress(UserError):  # warned of by now; the next attempt goes on from the one before
+            self._saver.flush(min(_FLUSH_TIMEOUT_S, _PATIENCE_OF_OTHERS * self._experiment.scale.collective_timeout_s))
         return self._leaving
 
     def log_step(self, engine: Engine, means: Mapping[str, Tensor], *, seconds: float, waited: float) -> None:
@@ -199,6 +204,7 @@ class Leader:
             raise UserError(f"eval.metric: evaluations do not give {config.metric}; expected one of {known}")
         sign = 1 if config.mode == "max" else -1
         if self._best is None or sign * value > sign * self._best["value"]:
+            self._best_before = self._best
             self._best = {"step": engine.step, "metric": config.metric, "value": value}
             self._since_best = 0
         else:
@@ -208,7 +214,10 @@ class Leader:
         self._tracker.log_metrics(engine.step, {_key(name): value for name, value in values.items()})
         for name, image in validation_pictures(self._val, evaluation, config.num_pictures).items():
             self._tracker.log_picture(f"validation/{as_key(name)}", engine.step, image)
-            (self._folder / PICTURES).write(f"{name}.png", _png(image))
+            try:
+                (self._folder / PICTURES).write(f"{name}.png", _png(image))
+            except UserError as error:  # a picture is no reason to end a run
+                self._warn(str(error))
         self._inbox.tell("evaluation", epoch=epoch, metrics=evaluation.metrics)
         if self._stopped:
             self._say(f"{config.metric} has not become better for {self._since_best} evaluations (eval.patience): done")
@@ -236,37 +245,34 @@ class Leader:
             "experiment": self._experiment.model_dump(mode="json"),
         }
         self._saved = engine.step
-        keep = [self._best["step"]] if self._best else []
+        # Also the one before: the best may turn out not to be written.
+        keep = [best["step"] for best in (self._best, self._best_before) if best]
         self._saver.snapshot(engine.weights(), engine.state_dict(), meta, steps=keep, notice=notice)
 
     def finish(self) -> None:
-        """Wait until all is saved, and hand the best weights and the rest of the record to the tracker."""
+        """Wait until all is saved and sent; what the tracking server does not take waits in the run's folder."""
         self._saver.flush(_FLUSH_TIMEOUT_S)
-        best = self._best and checkpoint.find(self._folder / CHECKPOINTS, self._best["step"], deep=False)
-        # A copy, for the file may lie in a bucket; it has to stay until the tracker is closed.
-        with tempfile.TemporaryDirectory(prefix="mimiclab-") as folder:
-            if best:
-                file = Path(folder) / checkpoint.WEIGHTS
-                best.write_weights(file)
-                self._tracker.log_artifact(file, "weights")
-            self._close(_CLOSE_TIMEOUT_S)
-
-    def abandon(self) -> None:
-        """End in the middle, with all that was done so far: a reader of the history looks for what came last."""
-        with contextlib.suppress(UserError):  # another error is about to be told
-            self._saver.flush(_FAILED_FLUSH_TIMEOUT_S)
-        self._close(_FAILED_CLOSE_TIMEOUT_S)
-
-    def _close(self, timeout_s: float) -> None:
-        """Send what is left; what the server does not take waits in the run's folder."""
-        self._machines.close()
-        left = self._tracker.close(timeout_s)
+        left = self._close(_CLOSE_TIMEOUT_S)
         if left:
             self._folder.write(UNSENT, json.dumps(left).encode())
             self._warn(
                 f"{len(left)} metric values did not reach {self._tracking}; they are sent when the same command runs "
                 "again"
             )
+
+    def abandon(self) -> None:
+        """End in the middle, with all that was done so far: a reader of the history looks for what came last."""
+        with contextlib.suppress(UserError):  # another error is about to be told
+            self._saver.flush(_FAILED_FLUSH_TIMEOUT_S)
+        # What is not sent is in the checkpoint, or will be done again.
+        self._close(_FAILED_CLOSE_TIMEOUT_S)
+
+    def _close(self, timeout_s: float) -> list[Row]:
+        self._machines.close()
+        return self._tracker.close(timeout_s)
+
+    def _tell_saved(self, step: int) -> None:
+        self._inbox.tell("checkpoint", step=step)
 
     def _say(self, text: str) -> None:
         self._inbox.tell("text", text=text)
@@ -279,7 +285,7 @@ class Leader:
         return _RESERVE * (self._step_s + (self._saver.written_s or 0.0)) + _RESERVE_S
 
     def _ahead(self, every: int) -> int:
-        """Steps between checkpoints so that no more than `every` are lost, even with one that is still being written."""
+        """Steps between checkpoints so that no more than `every` are lost, with one that is being written too."""
         if not self._step_s:
             return every
         return max(1, every - math.ceil((self._saver.written_s or 0.0) / self._step_s))
@@ -298,7 +304,7 @@ class Leader:
     def _room(self, world: int, before: Facts) -> Callable[[], int] | None:
         """What asks for room to grow; None where the run has the workers that it wants."""
         scale = self._experiment.scale
-        if world >= scale.workers.max or (before.why == "growth" and world <= len(before.nodes)):
+        if world >= scale.workers.max or (before.why == "growth" and world <= before.world):
             return None  # or where growing was tried and did not work
         each, labels = resources_per_worker(scale), scale.label_selector
         return lambda: min(room_for(each, labels), scale.workers.max - world)

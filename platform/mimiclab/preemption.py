@@ -16,6 +16,7 @@ from typing import Any
 # A cloud's notice is 30 s to 2 min ahead.
 _EVERY_S = 1.0
 _RPC_S = 5.0
+_CLOSE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Machines:
     def close(self) -> None:
         """End the thread."""
         self._closed.set()
-        self._thread.join()
+        self._thread.join(_CLOSE_S)  # it may be waiting for a head that is gone
 
     def _watch(self) -> None:
         # Not at once: what an attempt that has just ended held comes back bit by bit.

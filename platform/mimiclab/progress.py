@@ -44,6 +44,8 @@ class ProgressLog:
 
     def write(self, event: Event) -> None:
         """Add an event."""
+        if self._file is None and event["kind"] == "step":
+            return  # all is written anew each time, and MLflow has them
         line = json.dumps(event) + "\n"
         if self._file is not None:
             with contextlib.suppress(OSError):  # as below
@@ -55,10 +57,11 @@ class ProgressLog:
 
     def close(self) -> None:
         """Write what is left."""
-        if self._file is not None:
-            self._file.close()
-        else:
+        if self._file is None:
             self._put()
+            return
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def _put(self) -> None:
         self._written = time.monotonic()

@@ -31,6 +31,8 @@ def reap(runs: Iterable[Run], warn: Callable[[str], None]) -> list[Run]:
     Returns:
         The corrected runs.
     """
+    from mimiclab.runs import read
+
     corrected = []
     silent: set[str] = set()
     for run in runs:
@@ -38,8 +40,12 @@ def reap(runs: Iterable[Run], warn: Callable[[str], None]) -> list[Run]:
             continue
         try:
             holder = last_holder(run.storage)
-            if (holder is None or not holder.is_alive()) and _end(run, holder):
-                corrected.append(run.with_status("killed"))
+            if holder is not None and holder.is_alive():
+                continue
+            # Looked at again: its driver may have ended it since, and given the lease back.
+            now = read(run.storage)
+            if now is not None and now.status == "running" and _end(now, holder):
+                corrected.append(now.with_status("killed"))
         except Exception as error:  # of the storage, or of MLflow, HTTP or SQL: none may stop the command
             if not isinstance(error, UserError):
                 silent.add(run.tracking)

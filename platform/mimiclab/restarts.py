@@ -17,8 +17,9 @@ from ray.exceptions import RayActorError
 from ray.train import UserCallback
 
 from mimiclab.errors import NoRetryError, UserError
-from mimiclab.inbox import Inbox
+from mimiclab.inbox import Facts, Inbox
 from mimiclab.preemption import LeavingError, draining_nodes
+from mimiclab.storage import StoreError
 
 Why = Literal["preemption", "node lost", "crash", "growth"]
 
@@ -49,7 +50,7 @@ class Restarts(UserCallback):  # type: ignore[misc]
         self._inbox = inbox
         self._max = {"crash": max_crashes, "preemption": max_preemptions}
         self._num = {"crash": 0, "preemption": 0}
-        self._start = -1
+        self._saved = -1
 
     def after_exception(self, run_context: object, worker_exceptions: Mapping[int, BaseException]) -> None:
         """Called by Ray once for each failure of the workers.
@@ -59,17 +60,24 @@ class Restarts(UserCallback):  # type: ignore[misc]
             NoRetryError: see there; or a budget is used up.
         """
         for error in _causes(worker_exceptions):
-            if isinstance(error, UserError | NoRetryError):
+            if isinstance(error, NoRetryError) or (isinstance(error, UserError) and not isinstance(error, StoreError)):
                 raise error
         facts = self._inbox.facts()
-        failure = diagnose(worker_exceptions, facts.nodes)
+        self.count(diagnose(worker_exceptions, facts.nodes), facts)
+
+    def count(self, failure: Failure, facts: Facts) -> None:
+        """Tell of a failure and count it; after crashes in a row, wait.
+
+        Raises:
+            NoRetryError: a budget is used up.
+        """
         self._inbox.tell("failure", why=failure.why, reason=failure.reason)
         if failure.why == "growth":
             return
         kind = "crash" if failure.why == "crash" else "preemption"
-        if facts.start > self._start:  # the attempt before this one had made a checkpoint
+        if facts.saved > self._saved:
             self._num["crash"] = 0
-        self._start = facts.start
+        self._saved = facts.saved
         self._num[kind] += 1
         limit = self._max[kind]
         if limit is not None and self._num[kind] > limit:

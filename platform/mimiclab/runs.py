@@ -186,7 +186,8 @@ def prepare(experiment: Experiment, *, fresh: bool) -> Storage:
     storage = storage_of(experiment)
     try:
         if fresh:
-            for name, size in storage.sizes().items():
+            # What makes the folder a run goes last: what is left of one that was stopped here can be removed again.
+            for name, size in sorted(storage.sizes().items(), key=lambda item: item[0] == EXPERIMENT):
                 if not name.startswith("."):
                     (storage.delete_folder if size is None else storage.delete)(name)
         storage.write(EXPERIMENT, resolved_yaml(experiment).encode())

@@ -32,17 +32,26 @@ class Saver:
             was written, None before it.
     """
 
-    def __init__(self, folder: Place, *, keep: int, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Place,
+        *,
+        keep: int,
+        warn: Callable[[str], None],
+        written: Callable[[int], object] = lambda _: None,
+    ) -> None:
         """Prepare.
 
         Args:
             folder: Holds the run's checkpoints; made when missing.
             keep: See `checkpoint.prune`.
             warn: Gets a line for each checkpoint that failed; called from another thread.
+            written: Gets the step of each that was written; the same.
         """
         self._storage = storage_at(folder)
         self._keep = keep
         self._warn = warn
+        self._tell = written
         self._thread: threading.Thread | None = None
         self._step: int | None = None
         self._failures = 0
@@ -132,6 +141,7 @@ class Saver:
             return
         self._failures = 0
         self.written_s = time.perf_counter() - started
+        self._tell(int(meta["step"]))
         self._whole = True  # what is still to be removed is no reason to doubt it
         try:
             checkpoint.prune(self._storage, newest=int(meta["step"]), keep=self._keep, steps=steps)

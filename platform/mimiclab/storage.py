@@ -31,6 +31,10 @@ _LASTING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, 
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
+class StoreError(UserError):
+    """A store did not do what it was asked to; it may the next time."""
+
+
 class MissingError(UserError):
     """There is no such file; every other error of a read means that nobody knows."""
 
@@ -285,7 +289,7 @@ def _persist(action: Callable[[], Result], where: str, done: str = "read") -> Re
 
     Raises:
         MissingError: There is nothing to read.
-        UserError: It failed each time, or in a way that lasts.
+        StoreError: It failed each time, or in a way that lasts.
     """
     pause = _FIRST_PAUSE_S
     for attempt in range(1, _ATTEMPTS + 1):
@@ -294,12 +298,12 @@ def _persist(action: Callable[[], Result], where: str, done: str = "read") -> Re
         except _ABSENT as error:
             if done == "read":
                 raise MissingError(f"{where}: there is no such file") from error
-            raise UserError(f"{where}: cannot be {done}: {error}") from error
+            raise StoreError(f"{where}: cannot be {done}: {error}") from error
         except OSError as error:
             if error.errno in _LASTING:
-                raise UserError(f"{where}: cannot be {done}: {error}") from error
+                raise StoreError(f"{where}: cannot be {done}: {error}") from error
             if attempt == _ATTEMPTS:
-                raise UserError(f"{where}: cannot be {done}, tried {_ATTEMPTS} times: {error}") from error
+                raise StoreError(f"{where}: cannot be {done}, tried {_ATTEMPTS} times: {error}") from error
         time.sleep(pause)
         pause *= 4
     raise AssertionError("unreachable")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,11 +99,11 @@ def _open(experiment: Experiment, splits: Splits, uri: str, *, fresh: bool, tags
     """Make a run, here and in MLflow, or find it again."""
     from mimiclab.data.coco import content_hash
 
+    known = identity(experiment)
+    if fresh:  # first: a run that was removed must not be found again
+        tracking.forget_run(uri, experiment.where.project, experiment.name, known)
     storage = runs.prepare(experiment, fresh=fresh)
     before = runs.read(storage)
-    known = identity(experiment)
-    if fresh:
-        tracking.forget_run(uri, experiment.where.project, experiment.name, known)
     mlflow_run_id = tracking.open_run(
         uri,
         experiment.where.project,
@@ -136,8 +137,10 @@ def _train(
     try:
         with Books(ledger, lease, run, console) as books:
             console.print(f"starting {experiment.scale.workers} workers", highlight=False)
-            for event in fit(experiment, {**job, **place}, run.storage, callbacks):
-                books.enter(event)
+            # Closed before anything is concluded: workers may write until then.
+            with contextlib.closing(fit(experiment, {**job, **place}, run.storage, callbacks)) as events:
+                for event in events:
+                    books.enter(event)
         status = "finished"
     except KeyboardInterrupt:
         status = "killed"
@@ -145,7 +148,7 @@ def _train(
         raise
     finally:
         if lease.lost is None:
-            run = replace(run, ledger=ledger.to_record()).with_status(status)
+            run = replace(run, ledger=ledger.to_record(), status=status)
             _conclude(run, ledger, console)
     return run
 
@@ -217,29 +220,47 @@ def _reap(experiment: Experiment, console: Console) -> None:
 
 
 def _conclude(run: Run, ledger: Ledger, console: Console) -> None:
-    """Tell the tracking server how the run stands; it may be away just now."""
+    """Write down how the run stands, and tell the tracking server; either may be away just now."""
     from mimiclab.tracking.protocol import Row
     from mimiclab.tracking.writer import MlflowTracker
 
-    rows = ledger.rows()
-    with contextlib.suppress(MissingError):
-        rows += [Row(*row) for row in json.loads(run.storage.read(runs.UNSENT))]
+    def warn(text: str) -> None:
+        console.print(f"warning: {text}", highlight=False, markup=False)
+
     status: Mapping[runs.Status, Any] = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
     try:
+        run.with_status(run.status)
+        rows = ledger.rows()
+        with contextlib.suppress(MissingError):
+            rows += [Row(*row) for row in json.loads(run.storage.read(runs.UNSENT))]
         left = MlflowTracker(run.tracking, run.mlflow_run_id, rows).close(_SEND_TIMEOUT_S)
         if left:
             raise ConnectionError(f"{len(left)} metric values did not reach it")
         run.storage.delete(runs.UNSENT)
         tracking.set_tags(run.tracking, run.mlflow_run_id, ledger.tags())
+        if run.status == "finished":
+            _send_weights(run, warn)
         tracking.end_run(run.tracking, run.mlflow_run_id, status[run.status])
         replace(run, recorded=True).write()
+    except UserError as error:
+        warn(str(error))
     except Exception as error:
-        console.print(
-            f"warning: {run.tracking} did not take the end of the run ({str(error).splitlines()[0][:200]}); the same "
-            "command tells it again",
-            highlight=False,
-            markup=False,
-        )
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        warn(f"{run.tracking} did not take the end of the run ({reason}); the same command tells it again")
+
+
+def _send_weights(run: Run, warn: Callable[[str], None]) -> None:
+    """Keep the best weights with the run in MLflow."""
+    from mimiclab.checkpoint import WEIGHTS
+
+    with tempfile.TemporaryDirectory(prefix="mimiclab-") as folder:
+        file = Path(folder) / WEIGHTS
+        try:
+            run.best().write_weights(file)
+        except UserError as error:  # a run whose best checkpoint is damaged has come to its end all the same
+            warn(str(error))
+            return
+        tracking.log_file(run.tracking, run.mlflow_run_id, file, "weights")
 
 
 def _located(experiment: Experiment) -> Experiment:

@@ -66,6 +66,7 @@ class _Worker:
 
     def __init__(self, job: Job) -> None:
         """Build everything, as the newest checkpoint has it."""
+        job.inbox.enlist()
         self.experiment = experiment = Experiment.model_validate_json(job.experiment)
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
@@ -114,32 +115,35 @@ class _Worker:
             self._evaluate_if_due()
             if not self._stops():
                 self._train(loader)
+            if self.leader:
+                self.leader.finish()
         except BaseException:
             if self.leader:
                 self.leader.abandon()
             raise
-        if self.leader:
-            self.leader.finish()
 
     def _train(self, loader: Iterable[Batch]) -> None:
         engine, leader = self.engine, self.leader
+        signal = leader.signal(engine) if leader else 0.0
         asked = time.perf_counter()
         for batch in loader:
             started = time.perf_counter()
-            means = engine.train_step(_to(batch, self.device), leader.signal(engine) if leader else 0.0)
+            means = engine.train_step(_to(batch, self.device), signal)
             now = time.perf_counter()
             if leader:
                 leader.log_step(engine, means, seconds=now - asked, waited=started - asked)
+            # Before an evaluation, which takes its time and which the next attempt can begin with. Not at the end.
+            if engine.signal and engine.step < engine.num_steps:
+                # Not before rank 0 has saved all: the first to go has Ray end the others.
+                leaving = self._agree(leader.leave(engine) if leader else None)
+                assert leaving is not None
+                raise leaving
             if self._evaluate_if_due():
                 if self._stops():
                     return
             elif leader:
                 leader.save_if_due(engine, epoch_end=engine.step in self.epoch_ends)
-            if engine.signal:
-                # Not before rank 0 has saved all: the first to go has Ray end the others.
-                leaving = self._agree(leader.leave(engine) if leader else None)
-                assert leaving is not None
-                raise leaving
+            signal = leader.signal(engine) if leader else 0.0
             asked = time.perf_counter()
 
     def _evaluate_if_due(self) -> bool:
@@ -150,6 +154,8 @@ class _Worker:
             return False
         if self._agree(leader.has_evaluated(engine.step) if leader else None):
             return False
+        if leader:
+            leader.brace(engine)
         started = time.perf_counter()
         evaluation = evaluate(
             engine.evaluated,

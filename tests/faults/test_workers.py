@@ -6,24 +6,24 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-import psutil
 import pytest
 from mlflow import MlflowClient
 from tinyruns import NUM_STEPS, assert_same, at_step, history, quiet, said, tiny, when, workers
 
 from mimiclab import runs
+from mimiclab.progress import PROGRESS, ProgressReader
 from mimiclab.train import train
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
 
 
 def kill(rank: int) -> None:
-    """Processes of one start are numbered by their ranks, as a rule; for these tests any of them will do."""
+    """One of them, by their age: which rank it is does not matter here."""
     sorted(workers(), key=lambda process: process.create_time())[rank].kill()
 
 
 def kill_in_checkpoint(folder: Path, after_step: int) -> None:
-    """Kill rank 0's process, and with it the other, while a checkpoint is being written."""
+    """Kill all workers while a checkpoint is being written."""
     while True:
         aside = [path for path in folder.glob(".step-*") if int(path.name.split("-")[1]) > after_step]
         if aside:
@@ -66,15 +66,44 @@ def test_a_run_goes_on_over_any_death_of_its_workers_and_ends_with_the_same_bits
     assert not list((folder / runs.CHECKPOINTS).glob(".step-*"))
 
 
-def test_a_run_that_crashes_again_and_again_gives_up_and_shows_why(root: Path, tmp_path: Path) -> None:
-    """The optimizer of its checkpoint is broken: no attempt gets further."""
-    experiment = tiny(root, "name=hopeless", "scale.workers=1", "scale.max_crashes=1", "model.mimic.cls_weight=1e38")
+def test_a_loss_that_is_no_number_ends_the_run_at_once(root: Path) -> None:
+    """What is certain to happen again is not tried again."""
+    experiment = tiny(root, "name=hopeless", "scale.workers=1", "model.mimic.cls_weight=1e38")
     console = quiet()
     with pytest.raises(RuntimeError, match=r"step 1: .* is (nan|inf)"):
         train(experiment, console=console)
     run = runs.read(runs.folder_of(experiment))
     assert run is not None
     assert run.status == "failed"
-    # What is certain to happen again is not tried again.
-    assert "started again" not in said(console)
-    assert not [process for process in psutil.Process().children(recursive=True) if process in workers()]
+    assert "crash: " not in said(console)
+    assert len(run.ledger["attempts"]) == 1
+
+
+def test_a_run_that_crashes_again_and_again_gives_up_and_shows_why(root: Path) -> None:
+    """Every attempt is killed as soon as it has begun."""
+    experiment = tiny(root, "name=broken", "scale.workers=1", "scale.max_crashes=1", "optim.global_batch=2")
+    console = quiet()
+    deaths: list[int] = []
+
+    def kill_at_once() -> None:
+        path = runs.folder_of(experiment) / PROGRESS
+        while not path.exists():
+            time.sleep(0.05)
+        reader = ProgressReader(path)
+        while len(deaths) < 2:
+            for event in reader.new_events():
+                if event["kind"] == "attempt":
+                    for process in workers():
+                        process.kill()
+                    deaths.append(1)
+            time.sleep(0.005)
+
+    killer = threading.Thread(target=kill_at_once, daemon=True)
+    killer.start()
+    with pytest.raises(RuntimeError, match=r"scale\.max_crashes: 1, and the workers crashed in a row.*rank 0 died"):
+        train(experiment, console=console)
+    run = runs.read(runs.folder_of(experiment))
+    assert run is not None
+    assert run.status == "failed"
+    assert said(console).count("\ncrash: the process of rank 0 died") == 2
+    assert not workers()

@@ -12,6 +12,7 @@ from mimiclab.errors import NoRetryError, UserError
 from mimiclab.inbox import Inbox
 from mimiclab.preemption import LeavingError
 from mimiclab.restarts import Restarts, diagnose
+from mimiclab.storage import StoreError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
 
@@ -52,7 +53,7 @@ def test_an_inbox_keeps_order_and_remembers_what_the_next_attempt_needs(inbox: I
     ]
     assert inbox.take() == []
     facts = inbox.facts()
-    assert (facts.reached, facts.start, facts.nodes, facts.why) == (6, 4, ("a", "b"), "growth")
+    assert (facts.reached, facts.saved, facts.nodes, facts.world, facts.why) == (6, 4, (), 2, "growth")
 
 
 @pytest.mark.parametrize("error", [UserError("x.json: broken"), NoRetryError("loss is nan")])
@@ -108,11 +109,29 @@ def test_crashes_in_a_row_are_counted_and_paused_after(inbox: Inbox, node: str) 
 
 def test_a_checkpoint_in_between_starts_the_count_anew(inbox: Inbox, node: str) -> None:
     restarts = Restarts(inbox, max_crashes=1, max_preemptions=None)
-    for step in (0, 10, 20, 30):
-        inbox.tell("attempt", step=step, nodes=[node])
+    inbox.tell("attempt", step=0, nodes=[node])
+    restarts.after_exception(None, {0: DIED})
+    for step in (10, 20, 30):
+        inbox.tell("checkpoint", step=step)
         restarts.after_exception(None, {0: DIED})
     with pytest.raises(NoRetryError, match="max_crashes"):
         restarts.after_exception(None, {0: DIED})
+
+
+def test_a_crash_before_an_attempt_has_begun_is_not_blamed_on_machines_of_the_one_before(inbox: Inbox) -> None:
+    restarts = Restarts(inbox, max_crashes=1, max_preemptions=None)
+    inbox.tell("attempt", step=0, nodes=["0" * 56])
+    restarts.after_exception(None, {0: PEER_CLOSED})
+    restarts.after_exception(None, {0: ImportError("no module")})
+    with pytest.raises(NoRetryError, match=r"max_crashes.*no module"):
+        restarts.after_exception(None, {0: ImportError("no module")})
+
+
+def test_a_store_that_failed_may_work_the_next_time(inbox: Inbox, node: str) -> None:
+    inbox.tell("attempt", step=0, nodes=[node])
+    Restarts(inbox, max_crashes=1, max_preemptions=None).after_exception(
+        None, {0: StoreError("bucket: cannot be read")}
+    )
 
 
 def test_preemptions_have_a_budget_of_their_own_and_growth_none(inbox: Inbox, node: str) -> None:

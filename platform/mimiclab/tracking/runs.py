@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mimiclab.errors import UserError
@@ -18,6 +19,7 @@ __all__ = [
     "end_run",
     "forget_run",
     "log_dataset_input",
+    "log_file",
     "log_text",
     "open_run",
     "set_tags",
@@ -150,6 +152,11 @@ def log_dataset_input(uri: str, run_id: str, name: str, digest: str, source: str
 def log_text(uri: str, run_id: str, text: str, file: str = "experiment.yaml") -> None:
     """Store a text as an artifact of the run, in place of an earlier one of that name."""
     connect(uri).log_text(run_id, text, file)
+
+
+def log_file(uri: str, run_id: str, file: Path, folder: str) -> None:
+    """Store a file in a folder of the run's artifacts, in place of an earlier one of that name."""
+    connect(uri).log_artifact(run_id, str(file), folder)
 
 
 def _open_project(client: "MlflowClient", uri: str, project: str) -> str:
