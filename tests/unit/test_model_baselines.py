@@ -31,11 +31,11 @@ from mimiclab.build import build_detector
 from mimiclab.data.coco import read_coco
 from mimiclab.engine import Batch, Engine
 from mimiclab.evaluate import evaluate
+from mimiclab.leader import validation_pictures
 from mimiclab.optim import OptimConfig
 from mimiclab.progress import ProgressView
 from mimiclab.schema import DataConfig, EvalConfig, Resize, Scenes
 from mimiclab.tables import heads_table
-from mimiclab.worker import validation_pictures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
