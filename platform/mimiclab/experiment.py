@@ -195,8 +195,10 @@ def _space_mistakes(
             fixed = f"name, {', '.join(part.rstrip('.') for part in _NOT_IDENTITY)} are the same for all trials"
             found.append((where, f"search.space.{key}: {fixed}, expected another key"))
             continue
+        # A key that is drawn under a condition on others is tried where that holds.
+        others = {other: allowed[0] for other, allowed in distribution.get("when", {}).items()}
         for value in extremes(distribution):
-            _, mistakes = _validate(_varied(tree, {key: value}), environ)
+            _, mistakes = _validate(_varied(tree, {**others, key: value}), environ)
             if mistakes:
                 value_in_words = f"{json.dumps(value, ensure_ascii=False)} does not fit: " if key in known else ""
                 found.append((where, f"search.space.{key}: {value_in_words}{mistakes[0][1]}"))

@@ -28,11 +28,11 @@ from pydantic_core import InitErrorDetails
 
 from mimicdet.config import ModelConfig
 from mimiclab.optim import OptimConfig
-from mimiclab.search.space import check_distribution, with_dotted_keys
+from mimiclab.search.space import check_distribution, grid, mistakes_between, with_dotted_keys
 
 Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-Distribution = Annotated[dict[str, list[Any]], PlainValidator(check_distribution)]
+Distribution = Annotated[dict[str, Any], PlainValidator(check_distribution)]
 
 
 class _Section(BaseModel):
@@ -300,7 +300,12 @@ class SearchConfig(_Section):
     metric: Text = "student/AP"
     """What trials are compared by; any metric of an evaluation."""
     mode: Literal["max", "min"] = "max"
-    trials: PositiveInt = 16
+    algorithm: Literal["random", "grid"] = "random"
+    """grid tries every combination of a space of choices, the last key's values in turn first."""
+    trials: PositiveInt | None = None
+    """Null is 16, or all of a grid; fewer are the first ones of it. More may be added to a search that was run."""
+    max_t: PositiveInt | None = None
+    """Epochs of a trial that is not pruned, its schedule included; null is optim.epochs."""
     grace_period: PositiveInt = 1
     """Epochs that every trial is given."""
     reduction_factor: Annotated[int, Field(ge=2)] = 2
@@ -308,8 +313,9 @@ class SearchConfig(_Section):
     max_concurrent: int | Literal["auto"] = "auto"
     """Trials at a time; auto is as many as the cluster holds."""
     space: dict[str, Distribution]
-    """Dotted keys, each with one of `uniform: [low, high]`, `loguniform: [low, high]`, `int: [low, high]` (both
-    included) and `choice: [...]`."""
+    """Dotted keys, each with one of `uniform: [low, high]`, `loguniform: [low, high]`, `normal: [mean, sd]` (within
+    three sd), `int: [low, high]` (both included) and `choice: [...]`. With `when: {other.key: [values]}` a key is
+    searched only in trials where that one has one of those values."""
 
     @field_validator("max_concurrent", mode="plain")
     @classmethod
@@ -320,6 +326,38 @@ class SearchConfig(_Section):
     @classmethod
     def _check_space(cls, space: object) -> object:
         return with_dotted_keys(space)
+
+    @model_validator(mode="after")
+    def _check(self) -> SearchConfig:
+        found: list[tuple[tuple[str, ...], str]]
+        found = [(("space", key), text) for key, text in mistakes_between(self.space, self.algorithm)]
+        if not found and self.algorithm == "grid" and self.trials is not None:
+            size = len(grid(self.space))
+            if self.trials > size:
+                found = [(("trials",), f"found {self.trials}, the grid has {size}; expected {size} or fewer, or null")]
+        if found:
+            raise ValidationError.from_exception_data(
+                "SearchConfig",
+                [
+                    {"type": "value_error", "loc": loc, "input": None, "ctx": {"error": ValueError(text)}}
+                    for loc, text in found
+                ],
+            )
+        return self
+
+    def check_epochs(self, epochs: int) -> None:
+        """Raise a ValueError if trials would train for longer than `optim.epochs`, or not up to their first rung."""
+        if self.max_t is not None and self.max_t > epochs:
+            raise ValueError(
+                "search.max_t must not be above optim.epochs, found search.max_t "
+                f"{self.max_t} and optim.epochs {epochs}"
+            )
+        name, most = ("optim.epochs", epochs) if self.max_t is None else ("search.max_t", self.max_t)
+        if self.grace_period > most:
+            raise ValueError(
+                f"search.grace_period must not be above {name}, found search.grace_period "
+                f"{self.grace_period} and {name} {most}"
+            )
 
 
 class Experiment(_Section):
@@ -375,11 +413,8 @@ class Experiment(_Section):
                 f"optim.precision: {self.optim.precision} with model.detector {self.model.detector}: torchvision would "
                 "round boxes to it, several pixels in a large image; expected fp32"
             )
-        if self.search and self.search.grace_period > self.optim.epochs:
-            raise ValueError(
-                "search.grace_period must not be above optim.epochs, found search.grace_period "
-                f"{self.search.grace_period} and optim.epochs {self.optim.epochs}"
-            )
+        if self.search:
+            self.search.check_epochs(self.optim.epochs)
         return self
 
 

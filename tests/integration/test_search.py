@@ -1,4 +1,4 @@
-"""A whole search on a real Ray cluster and a real MLflow store, and one that is interrupted."""
+"""A whole search on a real Ray cluster and a real MLflow store, and one that is interrupted twice."""
 
 import io
 import json
@@ -19,9 +19,12 @@ from rich.console import Console
 from mimiclab import runs
 from mimiclab.errors import UserError
 from mimiclab.experiment import LoadedExperiment, load_experiment
+from mimiclab.lease import Lease
 from mimiclab.progress import PROGRESS
 from mimiclab.search.driver import search
+from mimiclab.search.record import RECORD, Record, recompute
 from mimiclab.search.trials import Trial
+from mimiclab.storage import Storage
 from mimiclab.tracking import ui
 from mimiclab.tracking.searches import newest_search
 
@@ -191,9 +194,37 @@ def test_the_pages_link_to_the_comparison_of_the_trials(ranking: list[Trial], ro
     }
 
 
-def test_the_same_search_again_is_refused(ranking: list[Trial], root: Path, console: Console) -> None:
-    with pytest.raises(UserError, match=r"search look: it was run before, .*search\.yaml exists.*--fresh"):
+def test_the_same_command_on_a_complete_search_runs_nothing(
+    ranking: list[Trial], root: Path, client: MlflowClient
+) -> None:
+    parent, children = parent_and_children(client)
+    before = (root / "runs" / "look" / RECORD).read_text()
+    again = Console(file=io.StringIO(), width=200)
+    found = search(load(root), console=again)
+    assert [(t.name, t.outcome, t.evaluations, t.error) for t in found] == [
+        (t.name, t.outcome, t.evaluations, t.error) for t in ranking
+    ]
+    assert "search look is complete" in said(again)
+    assert (root / "runs" / "look" / RECORD).read_text() == before
+    now, same = parent_and_children(client)
+    assert (now.info.run_id, now.info.status) == (parent.info.run_id, "FINISHED")
+    for name, run in same.items():
+        assert run.data.metrics == children[name].data.metrics
+        assert (run.info.status, run.info.end_time) == (children[name].info.status, children[name].info.end_time)
+
+
+def test_a_second_driver_is_refused(ranking: list[Trial], root: Path, console: Console) -> None:
+    with (
+        Lease.take(Storage(root / "runs" / "look"), "look"),
+        pytest.raises(UserError, match=r"look: process \d+ on .* since .*expected no other driver"),
+    ):
         search(load(root), console=console)
+
+
+def test_a_changed_search_of_that_name_is_refused(ranking: list[Trial], root: Path, console: Console) -> None:
+    with pytest.raises(UserError) as caught:
+        search(load(root, "search.grace_period=2", "optim.lr=2e-3"), console=console)
+    assert "What changed:\n  optim.lr: 0.001 -> 0.002\n  search.grace_period: 1 -> 2\n" in str(caught.value)
 
 
 def test_more_workers_than_the_cluster_has(root: Path, console: Console, ray_cluster: None) -> None:
@@ -217,40 +248,111 @@ def test_a_metric_that_no_evaluation_reports(root: Path, client: MlflowClient, r
     assert child.data.tags["trial.outcome"] == "killed"
 
 
-def test_ctrl_c_stops_a_search_cleanly(root: Path) -> None:
-    """The command line on a cluster of its own: exit code 130, all recorded as killed, no process left."""
-    load(root)
-    command = [sys.executable, "-c", "from mimiclab.cli import main; main()", "search", "look.yaml"]
-    overrides = ("name=stopped", "optim.epochs=1000", f"where.tracking=sqlite:///{root}/stopped.db")
-    process = subprocess.Popen(
-        [*command, *(word for override in overrides for word in ("--set", override))],
+GRID = """
+name: stopped
+optim: {epochs: 6}
+search:
+  metric: student/AR100
+  algorithm: grid
+  trials: 3
+  max_concurrent: 1
+  space:
+    optim.lr: {choice: [1e-3, 1e+30]}
+    model.inference.max_detections: {choice: [1, 100]}
+"""
+EPOCH_ENDS = [5, 10, 14, 19, 24, 28]
+
+
+def start(root: Path) -> subprocess.Popen[str]:
+    """The command line on a cluster of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", "from mimiclab.cli import main; main()", "search", "stopped.yaml"],
         cwd=root,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
-    progress = root / "runs" / "stopped-trial-00" / PROGRESS
+
+
+def wait_for(process: subprocess.Popen[str], file: Path, text: str) -> list[psutil.Process]:
+    """Wait until a file holds a text; the processes that the command has started by then."""
     deadline = time.monotonic() + 200
-    while not (progress.exists() and '"step": 7' in progress.read_text()):
+    while not (file.exists() and text in file.read_text()):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
-        time.sleep(0.1)
-    children = psutil.Process(process.pid).children(recursive=True)
+        time.sleep(0.05)
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def test_a_search_goes_on_after_ctrl_c_and_after_sigkill(root: Path, ray_cluster: None) -> None:
+    """The first trial is running at Ctrl-C. When the driver is killed it has finished, and the second one runs."""
+    load(root)
+    tracking = f"sqlite:///{root}/stopped.db"
+    (root / "stopped.yaml").write_text(f"extends: tiny.yaml\n{GRID}where: {{tracking: '{tracking}'}}\n")
+    runs_folder = root / "runs"
+
+    process = start(root)
+    children = wait_for(process, runs_folder / "stopped-trial-00" / PROGRESS, '"step": 7')
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     assert "stopped" in output
     assert "Traceback" not in output
-
-    client = MlflowClient(f"sqlite:///{root}/stopped.db")
+    client = MlflowClient(tracking)
     parent, trials = parent_and_children(client, "stopped")
     assert parent.info.status == "KILLED"
     assert {name: (run.info.status, run.data.tags["trial.outcome"]) for name, run in trials.items()} == {
         "stopped-trial-00": ("KILLED", "killed")
     }
-    run = runs.read(root / "runs" / "stopped-trial-00")
+    run = runs.read(runs_folder / "stopped-trial-00")
     assert run is not None
     assert run.status == "killed"
     _, alive = psutil.wait_procs(children, timeout=20)
     assert alive == []
+
+    process = start(root)
+    wait_for(process, runs_folder / "stopped" / RECORD, '"trial": "trial-01", "epoch": 1, "go_on": true')
+    process.kill()
+    process.communicate()
+
+    console = Console(file=io.StringIO(), width=200)
+    ranking = search(load_experiment(root / "stopped.yaml"), console=console)
+
+    assert [(t.name, t.outcome, [epoch for epoch, _ in t.evaluations]) for t in ranking] == [
+        ("trial-01", "finished", [1, 2, 3, 4, 5, 6]),
+        ("trial-00", "finished", [1, 2, 3, 4, 5, 6]),
+        ("trial-02", "pruned", []),
+    ]
+    assert [trial.error is not None and "loss" in trial.error for trial in ranking] == [False, False, True]
+    assert "3 trials, 1 of them ended before, 1 at a time" in said(console)
+
+    events = Record(Storage(runs_folder / "stopped")).events
+    told = [(event["event"], event["trial"]) for event in events if event["event"] in ("started", "resumed", "ended")]
+    assert told == [
+        *(("started", "trial-00"), ("resumed", "trial-00"), ("ended", "trial-00")),
+        *(("started", "trial-01"), ("resumed", "trial-01"), ("ended", "trial-01")),
+        *(("started", "trial-02"), ("ended", "trial-02")),
+    ]
+    decisions = [{k: v for k, v in event.items() if k != "time"} for event in events if event["event"] == "decision"]
+    assert decisions == list(recompute(events))
+    compared = [(d["trial"], d["epoch"], d["rung"], len(d["values"])) for d in decisions if d["rung"]]
+    assert compared == [
+        (trial, rung, rung, n) for n, trial in enumerate(("trial-00", "trial-01")) for rung in (1, 2, 4)
+    ]
+
+    now, trials = parent_and_children(client, "stopped")
+    assert (now.info.run_id, now.info.status) == (parent.info.run_id, "FINISHED")
+    assert {name: (run.info.status, run.data.tags["trial.outcome"]) for name, run in trials.items()} == {
+        "stopped-trial-00": ("FINISHED", "finished"),
+        "stopped-trial-01": ("FINISHED", "finished"),
+        "stopped-trial-02": ("KILLED", "pruned"),
+    }
+    assert "loss" in trials["stopped-trial-02"].data.tags["trial.error"]
+    for name in ("stopped-trial-00", "stopped-trial-01"):
+        run_id = trials[name].info.run_id
+        losses = [m.step for m in client.get_metric_history(run_id, "train/loss")]
+        assert losses == list(range(1, EPOCH_ENDS[-1] + 1))
+        evaluated = [m.step for m in client.get_metric_history(run_id, "student/AR100")]
+        assert evaluated == EPOCH_ENDS
+        assert len(client.get_metric_history(run_id, "optim.lr")) == 1

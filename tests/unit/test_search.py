@@ -9,7 +9,7 @@ from mimiclab.experiment import differences, identity, load_experiment
 from mimiclab.schema import SearchConfig
 from mimiclab.search.driver import num_concurrent, search
 from mimiclab.search.results import best_experiment, note, ranking_table
-from mimiclab.search.space import draw, extremes
+from mimiclab.search.space import describe, draw, extremes, grid
 from mimiclab.search.trials import Trial, plan, ranked
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -49,7 +49,9 @@ def test_a_search_has_defaults_for_all_but_its_space():
     assert config == SearchConfig(
         metric="student/AP",
         mode="max",
-        trials=16,
+        algorithm="random",
+        trials=None,
+        max_t=None,
         grace_period=1,
         reduction_factor=2,
         max_concurrent="auto",
@@ -99,11 +101,43 @@ BAD_SPACES = {
     ),
     "unknown kind": (
         "{optim.lr: {logunifrom: [0.1, 1]}}",
-        'search.space.optim.lr: found {"logunifrom": [0.1, 1]}, expected one of uniform, loguniform, int, choice',
+        'search.space.optim.lr: found {"logunifrom": [0.1, 1]}, expected one of uniform, loguniform, normal,',
     ),
     "two kinds": (
         "{optim.lr: {uniform: [0.1, 1], choice: [1]}}",
         'search.space.optim.lr: found {"uniform": [0.1, 1], "choice": [1]}, expected one of',
+    ),
+    "no spread": ("{optim.lr: {normal: [1, 0]}}", "normal: found [1, 0], expected a standard deviation above 0"),
+    "one moment": ("{optim.lr: {normal: [1]}}", "normal: found [1], expected two numbers, [mean, sd]"),
+    "a normal that leaves the schema": (
+        "{optim.lr: {normal: [1, 0.5]}}",
+        "search.space.optim.lr: -0.5 does not fit: optim: lr must be positive, found -0.5",
+    ),
+    "a condition only": ("{optim.lr: {when: {seed: [1]}}}", 'found {"when": {"seed": [1]}}, expected one of uniform'),
+    "no condition": ("{optim.lr: {when: {}, choice: [1]}}", "when: found {}, expected other keys, each with a list"),
+    "a condition of no list": (
+        "{seed: {choice: [1]}, optim.lr: {when: {seed: 1}, choice: [1]}}",
+        'search.space.optim.lr: when: found {"seed": 1}, expected other keys, each with a list of its values',
+    ),
+    "a condition on what is not searched": (
+        "{optim.lr: {when: {seed: [1]}, choice: [1]}}",
+        "search.space.optim.lr: when: found seed, expected a key that is searched too",
+    ),
+    "a condition that never holds": (
+        "{seed: {int: [0, 2]}, optim.lr: {when: {seed: [1, 3]}, choice: [1]}}",
+        "search.space.optim.lr: when: seed is never 3: found int [0, 2], expected one of its values",
+    ),
+    "a condition on a range": (
+        "{optim.momentum: {uniform: [0, 1]}, optim.lr: {when: {optim.momentum: [0]}, choice: [1]}}",
+        "search.space.optim.lr: when: optim.momentum is never 0: found uniform [0, 1], expected one of its values",
+    ),
+    "conditions in a circle": (
+        "{optim.lr: {when: {seed: [1]}, choice: [1]}, seed: {when: {optim.lr: [1]}, choice: [1]}}",
+        "search.space.optim.lr: when: found a circle, optim.lr -> seed -> optim.lr; expected conditions that end",
+    ),
+    "a condition on itself": (
+        "{seed: {when: {seed: [1]}, choice: [1]}}",
+        "search.space.seed: when: found a circle, seed -> seed; expected conditions that end",
     ),
     "a value": ("{optim.lr: 3}", "search.space.optim.lr: found 3, expected one of"),
     "one end": ("{optim.lr: {uniform: [1]}}", "uniform: found [1], expected two numbers, [low, high]"),
@@ -171,6 +205,20 @@ BAD_SEARCHES = {
     ),
     "some at a time": ("{max_concurrent: many}", 'search.max_concurrent: found "many", expected a whole number'),
     "unknown": ("{trails: 3}", "unknown key search.trails; did you mean search.trials?"),
+    "algorithm": ("{algorithm: halton}", "search.algorithm: found \"halton\", expected 'random' or 'grid'"),
+    "a larger grid": (
+        "{algorithm: grid, trials: 3}",
+        "x.yaml:3: search.trials: found 3, the grid has 1; expected 1 or fewer, or null",
+    ),
+    "no last epoch": ("{max_t: 0}", "search.max_t: found 0, expected more than 0"),
+    "too long": (
+        "{max_t: 13}",
+        "search.max_t must not be above optim.epochs, found search.max_t 13 and optim.epochs 12",
+    ),
+    "too patient for its end": (
+        "{max_t: 4, grace_period: 5}",
+        "search.grace_period must not be above search.max_t, found search.grace_period 5 and search.max_t 4",
+    ),
     "too patient": (
         "{grace_period: 13}",
         "search.grace_period must not be above optim.epochs, found search.grace_period 13 and optim.epochs 12",
@@ -183,6 +231,37 @@ def test_mistakes_in_a_search(section, message):
     space = "" if section == "{trials: 2}" else ", space: {optim.lr: {choice: [1]}}"
 
     assert message in mistake(PLAIN + f"search: {section[:-1]}{space}}}\n")
+
+
+BAD_GRIDS = {
+    "a range": (
+        "optim.lr: {uniform: [0.1, 1]}",
+        "optim.lr: uniform: found [0.1, 1] in a grid, expected choice, or int",
+    ),
+    "a normal": ("optim.lr: {normal: [1, 0.1]}", "optim.lr: normal: found [1, 0.1] in a grid, expected choice, or int"),
+    "many numbers": (
+        "seed: {int: [0, 10]}",
+        "seed: int: found [0, 10] in a grid, expected choice, or int of at most 10",
+    ),
+    "too much": (
+        "seed: {choice: [" + ", ".join(map(str, range(10_001))) + "]}",
+        "seed: found a grid of 10001 combinations, expected at most 10000",
+    ),
+}
+
+
+@pytest.mark.parametrize(("key", "message"), BAD_GRIDS.values(), ids=BAD_GRIDS.keys())
+def test_mistakes_in_a_grid(key, message):
+    found = mistake(PLAIN + f"search:\n  algorithm: grid\n  space:\n    {key}\n")
+
+    assert found.startswith(f"x.yaml:6: search.space.{message}")
+    assert "\n" not in found
+
+
+def test_mistakes_between_keys_are_told_together():
+    space = "{optim.lr: {when: {seed: [1]}, choice: [1]}, optim.momentum: {when: {seed: [1]}, choice: [0]}}"
+
+    assert mistake(PLAIN + f"search:\n  space: {space}\n").splitlines()[0] == "x.yaml: 2 mistakes"
 
 
 def test_every_key_of_a_space_is_checked():
@@ -203,6 +282,7 @@ RANGES = {
     "b": {"loguniform": [0.01, 100]},
     "c": {"int": [2, 4]},
     "d": {"choice": ["x", None, [1, 2]]},
+    "e": {"normal": [10, 2]},
 }
 
 
@@ -217,6 +297,11 @@ def test_draws_cover_their_ranges_and_nothing_else():
     assert 90 < max(b) <= 100
     assert sum(value < 1 for value in b) / len(b) == pytest.approx(0.5, abs=0.05)
     assert {values["c"] for values in drawn} == {2, 3, 4}
+    e = [values["e"] for values in drawn]
+    assert sum(e) / len(e) == pytest.approx(10, abs=0.2)
+    assert sum(8 < value < 12 for value in e) / len(e) == pytest.approx(0.68, abs=0.04)
+    assert 4 <= min(e) < 5
+    assert 15 < max(e) <= 16
     assert {str(values["d"]) for values in drawn} == {"x", "None", "[1, 2]"}
 
 
@@ -237,16 +322,96 @@ def test_a_draw_depends_on_seed_number_and_key_alone():
 
 
 def test_draws_are_the_same_in_every_process_and_release():
-    assert draw(RANGES, 0, 0) == {"a": -0.4392, "b": 16.27, "c": 2, "d": None}
+    assert draw(RANGES, 0, 0) == {"a": -0.4392, "b": 16.27, "c": 2, "d": None, "e": 11.11}
 
 
 def test_the_extremes_of_a_range_are_numbers_with_a_point():
     assert [type(value) for value in extremes({"uniform": [0, 1]})] == [float, float]
     assert extremes({"int": [0, 3]}) == [0, 3]
+    assert extremes({"normal": [0, 1]}) == [-3.0, 3.0]
     assert extremes({"choice": [1, None, "a"]}) == [1, None, "a"]
 
 
+CONDITIONAL = {
+    "z": {"when": {"y": [3]}, "choice": ["deep"]},
+    "y": {"when": {"x": ["a", "b"]}, "int": [3, 4]},
+    "x": {"choice": ["a", "b", "c"]},
+}
+
+
+def test_a_key_has_a_value_only_where_its_condition_holds():
+    drawn = [draw(CONDITIONAL, 0, number) for number in range(200)]
+
+    assert {tuple(values) for values in drawn} == {("x",), ("y", "x"), ("z", "y", "x")}
+    for values in drawn:
+        assert ("y" in values) == (values["x"] != "c")
+        assert ("z" in values) == (values.get("y") == 3)
+
+
+def test_conditions_change_no_value_that_is_drawn():
+    free = {key: {kind: v for kind, v in d.items() if kind != "when"} for key, d in CONDITIONAL.items()}
+
+    for number in range(20):
+        values = draw(CONDITIONAL, 0, number)
+        assert values == {key: value for key, value in draw(free, 0, number).items() if key in values}
+
+
+def test_a_grid_is_every_combination_once_the_last_key_in_turn_first():
+    assert grid({"a": {"choice": [1, 2]}, "b": {"int": [3, 4]}, "c": {"choice": [None, None]}}) == [
+        {"a": 1, "b": 3, "c": None},
+        {"a": 1, "b": 4, "c": None},
+        {"a": 2, "b": 3, "c": None},
+        {"a": 2, "b": 4, "c": None},
+    ]
+
+
+def test_a_grid_has_no_combination_twice_that_differs_in_a_key_without_a_value():
+    assert grid(CONDITIONAL) == [
+        {"z": "deep", "y": 3, "x": "a"},
+        {"z": "deep", "y": 3, "x": "b"},
+        {"x": "c"},
+        {"y": 4, "x": "a"},
+        {"y": 4, "x": "b"},
+    ]
+
+
+def test_distributions_are_described_with_their_conditions():
+    assert describe({"loguniform": [0.1, 10]}) == "loguniform [0.1, 10]"
+    assert describe({"when": {"a": ["x", 2], "b": [None]}, "int": [1, 2]}) == (
+        'int [1, 2] when a is "x" or 2 and b is null'
+    )
+
+
 # Trials
+
+
+def test_a_condition_may_come_from_a_file_and_from_the_command_line():
+    space = "{model.student.offsets: {choice: [none, analytic_learned]}}"
+    loaded = load(
+        PLAIN + f"search: {{space: {space}}}\n",
+        "search.space.optim.clip_norm={when: {model.student.offsets: [none]}, uniform: [1, 2]}",
+    )
+    for trial in plan(loaded):
+        assert ("optim.clip_norm" in trial.values) == (trial.values["model.student.offsets"] == "none")
+
+
+def test_the_trials_of_a_grid_are_its_combinations_or_the_first_of_them():
+    text = PLAIN + "search: {algorithm: grid, space: {seed: {int: [1, 3]}, model.pyramid.stagger: {choice: [0, 1]}}}\n"
+    combinations = [{"seed": seed, "model.pyramid.stagger": s} for seed in (1, 2, 3) for s in (0, 1)]
+
+    assert [trial.values for trial in plan(load(text))] == combinations
+    assert [trial.values for trial in plan(load(text, "search.trials=4"))] == combinations[:4]
+
+
+def test_a_random_search_that_does_not_say_has_sixteen_trials():
+    assert len(plan(load(PLAIN + "search: {space: {optim.lr: {uniform: [1e-4, 1]}}}\n"))) == 16
+
+
+def test_trials_train_for_max_t_epochs_where_it_is_given():
+    trials = plan(load(PLAIN + SPACE, "search.max_t=4"))
+
+    assert {trial.experiment.optim.epochs for trial in trials} == {4}
+    assert trials[0].values.keys() == plan(load())[0].values.keys()
 
 
 def test_the_same_file_gives_the_same_trials():
@@ -319,7 +484,7 @@ def test_a_search_needs_its_section():
 def test_as_many_trials_run_at_a_time_as_the_cluster_holds(scale, cluster, most, expected):
     experiment = load(PLAIN + SPACE, f"scale={scale}", f"search.max_concurrent={most}").experiment
 
-    assert num_concurrent(experiment, cluster) == expected
+    assert num_concurrent(experiment, cluster, num_trials=3) == expected
 
 
 # Results
@@ -366,6 +531,14 @@ def test_the_table_shows_each_trial_with_its_values():
     assert [float(row[4]) for row in cells] == [t.values["model.mimic.cls_weight"] for t in some_trials()]
 
 
+def test_a_key_without_a_value_leaves_its_cell_empty():
+    one = some_trials()[0]
+    one.values = {"model.pyramid.stagger": 0}
+
+    assert list(ranking_table([one], load().experiment.search, "small").columns[4].cells) == ["-"]
+    assert note(load().experiment, 1, [one]).endswith("| trial-00 | finished | 0.4000 | 3 | - | 0 |")
+
+
 def test_keys_that_end_alike_are_told_apart():
     space = "{model.student.loss_weight: {choice: [1]}, model.teacher.loss_weight: {choice: [1]}}"
     table = ranking_table([], load(PLAIN + f"search: {{space: {space}}}\n").experiment.search, "small")
@@ -395,10 +568,10 @@ def test_the_best_trial_becomes_a_file_that_says_where_it_comes_from():
 def test_the_note_tells_the_space_and_then_the_ranking():
     experiment = load().experiment
 
-    before, after = note(experiment), note(experiment, some_trials())
+    before, after = note(experiment, 3), note(experiment, 3, some_trials())
 
     assert before.splitlines() == [
-        "ASHA search of 3 trials for the max of `student/AP`, 1 to 12 epochs each, over",
+        "ASHA search of 3 trials (random) for the max of `student/AP`, 1 to 12 epochs each, over",
         "- `model.mimic.cls_weight`: loguniform [0.1, 10]",
         "- `model.pyramid.stagger`: choice [0, 1]",
     ]

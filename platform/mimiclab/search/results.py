@@ -10,7 +10,8 @@ from rich.table import Table
 
 from mimiclab.experiment import resolved_yaml
 from mimiclab.schema import Experiment, SearchConfig
-from mimiclab.search.trials import Trial
+from mimiclab.search.space import describe
+from mimiclab.search.trials import Trial, last_epoch
 
 
 def ranking_table(ranking: Sequence[Trial], config: SearchConfig, title: str) -> Table:
@@ -41,14 +42,14 @@ def best_experiment(search: Experiment, best: Trial, num_trials: int) -> str:
     )
 
 
-def note(search: Experiment, ranking: Sequence[Trial] = ()) -> str:
+def note(search: Experiment, num_trials: int, ranking: Sequence[Trial] = ()) -> str:
     """What MLflow shows on the page of a search, in Markdown: its space and, at the end, its ranking."""
     config = search.search
     assert config is not None
     lines = [
-        f"ASHA search of {config.trials} trials for the {config.mode} of `{config.metric}`, "
-        f"{config.grace_period} to {search.optim.epochs} epochs each, over",
-        *(f"- `{key}`: {kind} {values}" for key, d in config.space.items() for kind, values in d.items()),
+        f"ASHA search of {num_trials} trials ({config.algorithm}) for the {config.mode} of `{config.metric}`, "
+        f"{config.grace_period} to {last_epoch(search)} epochs each, over",
+        *(f"- `{key}`: {describe(distribution)}" for key, distribution in config.space.items()),
     ]
     if ranking:
         columns = ["trial", "outcome", *_numbers(config)]
@@ -69,7 +70,8 @@ def _numbers(config: SearchConfig) -> list[str]:
 def _cells(trial: Trial, config: SearchConfig) -> list[str]:
     best = trial.best(config.mode)
     value = f"{best[1]:.4f}" if best else "-"
-    return [value, str(trial.epochs), *(show(trial.values[key]) for key in config.space)]
+    searched = [show(trial.values[key]) if key in trial.values else "-" for key in config.space]
+    return [value, str(trial.epochs), *searched]
 
 
 def _short_keys(keys: Sequence[str]) -> list[str]:

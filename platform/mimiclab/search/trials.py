@@ -10,7 +10,10 @@ from typing import Any, Literal
 from mimiclab.errors import UserError
 from mimiclab.experiment import LoadedExperiment, vary
 from mimiclab.schema import Experiment
-from mimiclab.search.space import draw
+from mimiclab.search.space import draw, grid
+
+DEFAULT_TRIALS = 16
+"""Of a random search that does not say."""
 
 Outcome = Literal["waiting", "running", "finished", "pruned", "failed", "killed"]
 
@@ -28,6 +31,12 @@ class Trial:
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     """(epoch, value of the searched metric), in order."""
     error: str | None = None
+    begun: bool = False
+    """Whether it was ever started, by this driver or one before."""
+    settled: bool = False
+    """Whether MLflow knows of its outcome."""
+    in_mlflow: bool = False
+    """Whether MLflow has its values as metrics."""
 
     @property
     def name(self) -> str:
@@ -63,16 +72,27 @@ def plan(loaded: LoadedExperiment) -> list[Trial]:
             f"{loaded.path}: it has no search: section, expected one such as\n"
             "  search: {trials: 4, space: {model.mimic.cls_weight: {loguniform: [0.1, 10]}}}"
         )
+    config = experiment.search
+    if config.algorithm == "grid":
+        drawn = grid(config.space)[: config.trials]
+    else:
+        drawn = [draw(config.space, experiment.seed, n) for n in range(config.trials or DEFAULT_TRIALS)]
+    shorter = {} if config.max_t is None else {"optim.epochs": config.max_t}
     trials = []
-    for number in range(experiment.search.trials):
-        values = draw(experiment.search.space, experiment.seed, number)
+    for number, values in enumerate(drawn):
         try:
-            varied = vary(loaded, f"{experiment.name}-{trial_name(number)}", values)
+            varied = vary(loaded, f"{experiment.name}-{trial_name(number)}", {**values, **shorter})
         except UserError as error:
-            drawn = ", ".join(f"{key} = {value}" for key, value in values.items())
-            raise UserError(f"{loaded.path}: search: {trial_name(number)} with {drawn}: {error}") from error
+            shown = ", ".join(f"{key} = {value}" for key, value in values.items())
+            raise UserError(f"{loaded.path}: search: {trial_name(number)} with {shown}: {error}") from error
         trials.append(Trial(number, values, varied))
     return trials
+
+
+def last_epoch(experiment: Experiment) -> int:
+    """The epochs of a search's trials that are not pruned."""
+    assert experiment.search is not None
+    return experiment.search.max_t or experiment.optim.epochs
 
 
 def ranked(trials: Iterable[Trial], mode: str) -> list[Trial]:

@@ -1,4 +1,4 @@
-"""Ray Tune's part of a search: runs the trials, and stops the worse ones early (ASHA)."""
+"""Ray Tune's part of a search: it runs the trials; what becomes of them `Course` decides."""
 
 from __future__ import annotations
 
@@ -8,67 +8,70 @@ import pickle
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 from ray import PlacementGroupID, tune
 from ray.tune.error import TuneError
 from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.util.placement_group import PlacementGroup
 from rich.console import Console
 
-from mimiclab.errors import UserError
+from mimiclab import runs
+from mimiclab.errors import NoRetryError, UserError
 from mimiclab.schema import Experiment, SearchConfig
-from mimiclab.search.results import show
+from mimiclab.search.course import Course
 from mimiclab.search.trials import Trial
 from mimiclab.storage import Storage
 from mimiclab.tracking.searches import PARENT_TAG
-from mimiclab.train import train
+from mimiclab.train import check, train
 from mimiclab.worker import PLACEMENT_GROUP
+
+if TYPE_CHECKING:
+    from mimiclab.data.splits import Splits
 
 ENVIRONMENT = {
     # MLflow holds the curves; nobody reads Tune's CSV and TensorBoard files.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # The older of Tune's two reporters is the one that can be silenced.
     "RAY_AIR_NEW_OUTPUT": "0",
-    # A metric that is not reported is named by `_Watch`, in a user's words.
+    # A metric that is not reported is named by `_Decisions`, in a user's words.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
 }
 
 
 def run_trials(
     trials: Sequence[Trial],
+    course: Course,
     config: SearchConfig,
     folder: Storage,
-    console: Console,
     *,
     parent: str,
     concurrent: int,
     verbose: bool,
 ) -> None:
-    """Run every trial to its end or until it is pruned, on the cluster that is connected.
+    """Run every trial that is left to its end or until it is pruned, on the cluster that is connected.
 
-    The trials are changed in place, as results arrive. One that fails does not stop the others.
+    One that fails does not stop the others.
 
     Args:
         trials: all of one search.
+        course: of these trials; it hears of all that happens.
         config: the search.
-        folder: of the search; Tune's own record is kept below it.
-        console: gets a line for each result.
+        folder: of the search; Tune keeps tracebacks below it.
         parent: MLflow's id of the search's run.
         concurrent: how many trials may run at a time.
         verbose: let Tune print its own tables.
 
     Raises:
-        UserError: the metric is not among what an evaluation reports.
+        UserError: the metric is not among what an evaluation reports, or nothing more can be recorded.
         KeyboardInterrupt: Ctrl-C; the running trials have been stopped.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not verbose:  # a trial's error is told in a line, and its traceback is in Tune's folder
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    epochs = trials[0].experiment.optim.epochs
     trainable = tune.with_parameters(
         _run_trial,
         experiments=[trial.experiment.model_dump_json() for trial in trials],
@@ -81,11 +84,11 @@ def run_trials(
     tuner = tune.Tuner(
         tune.with_resources(trainable, {"CPU": 0, here: 0.001}),
         # The values are drawn beforehand: a trial is named by its number, in Tune's record too.
-        param_space={"number": tune.grid_search([trial.number for trial in trials])},
+        param_space={"number": tune.grid_search([trial.number for trial in course.left])},
         tune_config=tune.TuneConfig(
             metric=config.metric,
             mode=config.mode,
-            scheduler=_Asha(epochs, config),
+            scheduler=_Decisions(trials, course, config.metric),
             max_concurrent_trials=concurrent,
             trial_name_creator=lambda trial: trials[trial.config["number"]].name,
             trial_dirname_creator=lambda trial: trials[trial.config["number"]].name,
@@ -93,7 +96,7 @@ def run_trials(
         run_config=tune.RunConfig(
             name="tune",
             storage_path=folder.uri if folder.local is None else str(folder.local),
-            callbacks=[_Watch(trials, config.metric, epochs, console)],
+            callbacks=[_Watch(trials, course)],
             verbose=2 if verbose else 0,
         ),
     )
@@ -110,81 +113,87 @@ def run_trials(
 def _run_trial(config: Mapping[str, int], *, experiments: Sequence[str], parent: str, folder: str) -> None:
     """Train one trial; Tune runs this in a process of its own, and kills it there when the trial is pruned."""
     os.chdir(folder)  # relative paths mean what they mean where the search was started
+    experiment = Experiment.model_validate_json(experiments[config["number"]])
+    console = Console(quiet=True)
+    splits = check(experiment, console)
+    if result := _last_result(experiment, splits):
+        tune.report(result)
     train(
-        Experiment.model_validate_json(experiments[config["number"]]),
-        console=Console(quiet=True),
+        experiment,
+        console=console,
         tags={PARENT_TAG: parent},
         callbacks=[TuneReportCallback()],
+        splits=splits,
     )
 
 
-class _Asha(ASHAScheduler):  # type: ignore[misc]
-    """ASHA in epochs; a trial that reaches the last one ends by itself, where Ray's would kill it.
+def _last_result(experiment: Experiment, splits: Splits) -> dict[str, Any] | None:
+    """The last evaluation of a trial that is resumed: workers do not make it again, the search may not know of it."""
+    from mimiclab import checkpoint
+    from mimiclab.data.order import training_order
 
-    What training does after its last evaluation (weights to MLflow, the status of the run) is done for the trials
-    that matter most.
+    newest = checkpoint.latest(runs.storage_of(experiment) / runs.CHECKPOINTS, warn=lambda _: None, deep=False)
+    if newest is None:
+        return None
+    order = training_order(splits.train, experiment)
+    step = newest.meta.get("evaluated")
+    for epoch in range(1, experiment.optim.epochs + 1):
+        if order.epoch_end_step(epoch) == step:
+            return {"epoch": epoch, "step": step, **newest.meta["metrics"]}
+    return None
+
+
+class _Decisions(FIFOScheduler):  # type: ignore[misc]
+    """Hands results to the course of the search, and its decisions to Tune.
+
+    A trial that reaches the last epoch ends by itself, where Ray's ASHA would kill it: what training does after its
+    last evaluation (weights to MLflow, the status of the run) is done for the trials that matter most.
     """
 
-    def __init__(self, epochs: int, config: SearchConfig) -> None:
-        super().__init__(
-            time_attr="epoch",
-            max_t=epochs,
-            grace_period=config.grace_period,
-            reduction_factor=config.reduction_factor,
-        )
-        self._epochs = epochs
+    def __init__(self, trials: Sequence[Trial], course: Course, metric: str) -> None:
+        super().__init__()
+        self._trials = trials
+        self._course = course
+        self._name = metric
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles what it is given, for a restart of its own, which is not used
 
     def on_trial_result(self, tune_controller: object, trial: tune.experiment.Trial, result: dict[str, Any]) -> str:
-        if result["epoch"] >= self._epochs:
+        if "epoch" not in result:  # Tune's word that a trial ended that was never evaluated
             return str(TrialScheduler.CONTINUE)
-        return str(super().on_trial_result(tune_controller, trial, result))
+        if self._name not in result:
+            raise UserError(_unknown_metric(self._name, result))
+        own = self._trials[trial.config["number"]]
+        goes_on = self._course.result(own, result["epoch"], result[self._name])
+        return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
 
 
 class _Watch(tune.Callback):  # type: ignore[misc]
-    """Keeps the trials' record, and prints a line for each event."""
+    """Tells the course of the search which trials begin and end."""
 
-    def __init__(self, trials: Sequence[Trial], metric: str, epochs: int, console: Console) -> None:
+    def __init__(self, trials: Sequence[Trial], course: Course) -> None:
         self._trials = trials
-        self._metric = metric
-        self._epochs = epochs
-        self._console = console
+        self._course = course
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_console": None}  # Tune pickles what it is given, and a console cannot be
+        return {}  # as above
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: object) -> None:
-        own = self._own(trial)
-        own.outcome = "running"
-        values = ", ".join(f"{key} {show(value)}" for key, value in own.values.items())
-        self._say(own, f"started: {values}")
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: object
-    ) -> None:
-        own = self._own(trial)
-        if self._metric not in result:
-            raise UserError(_unknown_metric(self._metric, result))
-        own.evaluations.append((result["epoch"], result[self._metric]))
-        self._say(own, f"epoch {own.epochs}/{self._epochs}, {self._metric} {result[self._metric]:.4f}")
+        self._course.begin(self._own(trial))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: object) -> None:
         own = self._own(trial)
-        own.outcome = "finished" if own.epochs >= self._epochs else "pruned"
+        self._course.complete(own)
         if own.outcome == "pruned":
             _give_back(trial.last_result)
-        self._say(own, own.outcome if own.outcome == "finished" else f"pruned after epoch {own.epochs}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: object) -> None:
-        own = self._own(trial)
-        own.outcome = "failed"
-        own.error = _reason(trial)
-        self._say(own, f"failed: {own.error}")
+        outcome, reason = _outcome(trial)
+        self._course.end(self._own(trial), outcome, reason)
 
     def _own(self, trial: Any) -> Trial:
         return self._trials[int(trial.config["number"])]
-
-    def _say(self, trial: Trial, text: str) -> None:
-        self._console.print(f"{trial.name}  {text}", highlight=False, markup=False)
 
 
 def _give_back(result: Mapping[str, Any]) -> None:
@@ -200,11 +209,22 @@ def _unknown_metric(metric: str, result: Mapping[str, Any]) -> str:
     return f"search.metric: evaluations do not report {metric}; {hint}"
 
 
-def _reason(trial: Any) -> str:
-    """Why a trial failed: a mistake of the user's in its own words, of a bug the last line of its traceback."""
+def _outcome(trial: Any) -> tuple[Literal["pruned", "failed"], str]:
+    """What to call the end of a trial by an error, and why: a user's mistake in its own words, a bug's last line."""
     if trial.pickled_error_file is None:  # Tune's own trouble, as when a process could not be started
-        return Path(trial.error_file).read_text().strip().splitlines()[-1]
+        return "failed", Path(trial.error_file).read_text().strip().splitlines()[-1]
     with Path(trial.pickled_error_file).open("rb") as file:
         error = pickle.load(file)
-    cause = getattr(error, "cause", error)
-    return str(cause) if isinstance(cause, UserError) else str(error).strip().splitlines()[-1]
+    return judge(getattr(error, "cause", error))
+
+
+def judge(error: BaseException) -> tuple[Literal["pruned", "failed"], str]:
+    """What to call the end of a trial by an error, and why.
+
+    Values with which the loss becomes NaN are bad ones, which is what a search wants to know: such a trial is pruned.
+    """
+    if isinstance(error, NoRetryError):
+        from mimiclab.engine import NonFiniteLossError
+
+        return "pruned" if isinstance(error, NonFiniteLossError) else "failed", str(error)
+    return "failed", str(error) if isinstance(error, UserError) else str(error).strip().splitlines()[-1]
