@@ -49,6 +49,7 @@ def test_a_full_disk_ends_the_run_in_words_and_with_room_it_goes_on(
     assert_same(run, undisturbed)
 
 
+@pytest.mark.long
 def test_a_truncated_checkpoint_is_passed_over_loudly(undisturbed: runs.Run, root: Path, tmp_path: Path) -> None:
     """A copy of a finished run is given one more epoch, with its newest checkpoint cut in half."""
     shutil.copytree(undisturbed.folder, tmp_path / "tiny")

@@ -66,6 +66,7 @@ def test_a_run_goes_on_over_any_death_of_its_workers_and_ends_with_the_same_bits
     assert not list((folder / runs.CHECKPOINTS).glob(".step-*"))
 
 
+@pytest.mark.long
 def test_a_loss_that_is_no_number_ends_the_run_at_once(root: Path) -> None:
     """What is certain to happen again is not tried again."""
     experiment = tiny(root, "name=hopeless", "scale.workers=1", "model.mimic.cls_weight=1e38")
@@ -79,6 +80,7 @@ def test_a_loss_that_is_no_number_ends_the_run_at_once(root: Path) -> None:
     assert len(run.ledger["attempts"]) == 1
 
 
+@pytest.mark.long
 def test_a_run_that_crashes_again_and_again_gives_up_and_shows_why(root: Path) -> None:
     """Every attempt is killed as soon as it has begun."""
     experiment = tiny(root, "name=broken", "scale.workers=1", "scale.max_crashes=1", "optim.global_batch=2")
