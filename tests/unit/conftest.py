@@ -1,8 +1,12 @@
 """What several unit tests need."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
+
+# A suite that was started in the background inherits an ignored Ctrl-C, and so would the commands that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")
