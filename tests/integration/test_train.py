@@ -178,8 +178,9 @@ def test_a_run_survives_the_death_of_a_worker_with_the_same_weights(finished: ru
     killer = at_step(runs.folder_of(experiment), 7, lambda: workers_of_this_process()[-1].kill())
     resumed = train(experiment, console=console)
     killer.join(timeout=10)
-    assert "crash: the process of rank 1 died" in said(console)
-    assert re.search("training from step [67] to step 14 on 2 workers", said(console))
+    # Of the dead worker, or of the other one whose connection broke, whichever Ray hears of first.
+    assert "\ncrash: " in said(console)
+    assert re.search("training from step [5-7] to step 14 on 2 workers", said(console))
     assert [step for step, _ in history(resumed, "run/restarts")] == [0, 1]
     assert MlflowClient(resumed.tracking).get_run(resumed.mlflow_run_id).data.tags["restart.1"].startswith("crash: ")
 
