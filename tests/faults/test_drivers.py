@@ -42,8 +42,8 @@ def test_the_same_command_goes_on_after_its_driver_was_killed(
             worker.suspend()
         refused.append(subprocess.run(command("train", file), cwd=tmp_path, capture_output=True, text=True))
         process.send_signal(signal.SIGKILL)
-        for worker in parent_workers:
-            worker.resume()
+        for worker in parent_workers:  # let go, they would train on for the seconds that Ray takes to end them
+            worker.kill()
 
     meeting = at_step(folder, 7, meet_and_kill)
     process.communicate(timeout=400)

@@ -207,8 +207,8 @@ def test_a_drained_node_without_work_ends_at_once(nodes: Nodes) -> None:
 
     nodes.drain(node.name, 600)
 
-    assert nodes.wait_dead(node.name, 10).death == "spot reclaim"
-    deadline = time.monotonic() + 10
+    assert nodes.wait_dead(node.name, 60).death == "spot reclaim"
+    deadline = time.monotonic() + 60
     while nodes.processes(node.name):
         assert time.monotonic() < deadline
         time.sleep(0.1)
