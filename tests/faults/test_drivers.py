@@ -21,6 +21,7 @@ def command(verb: str, file: Path) -> list[str]:
     return [sys.executable, "-c", "from mimiclab.cli import main; main()", verb, str(file)]
 
 
+@pytest.mark.long
 def test_the_same_command_goes_on_after_its_driver_was_killed(
     undisturbed: runs.Run, root: Path, tmp_path: Path
 ) -> None:
