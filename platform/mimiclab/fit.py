@@ -87,7 +87,7 @@ def _fit_over_starts(
     from ray.exceptions import RayActorError, RayTaskError
     from ray.train import ControllerError
 
-    from mimiclab.restarts import Failure
+    from mimiclab.restarts import Failure, last_line
 
     restarts = _restarts(experiment, inbox)
     while True:
@@ -99,8 +99,7 @@ def _fit_over_starts(
             inner = error.controller_failure
             if isinstance(inner, UserError | NoRetryError) or not isinstance(inner, RayActorError | RayTaskError):
                 raise
-            reason = (str(inner).strip().splitlines() or [""])[-1][:300]
-            restarts.count(Failure("crash", f"a worker failed while it started: {reason}"), inbox.facts())
+            restarts.count(Failure("crash", f"a worker failed while it started: {last_line(inner)}"), inbox.facts())
 
 
 def _trainer(

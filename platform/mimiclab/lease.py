@@ -29,6 +29,7 @@ from pathlib import Path
 
 import psutil
 
+from mimiclab.cluster.state import ProcessId, find
 from mimiclab.errors import UserError
 from mimiclab.storage import MissingError, Storage
 
@@ -47,8 +48,6 @@ RETRY_S = 1.0
 # Stores answer within a second when nothing is wrong; drivers start once in hours.
 SETTLE_S = 3.0
 
-# The time at which a process started is computed from the clock, which may be set in between.
-_CLOCK_S = 2.0
 _STOP_S = 10.0
 
 _log = logging.getLogger(__name__)
@@ -77,7 +76,7 @@ class Holder:
     def is_alive(self) -> bool:
         """Whether it still holds the lease, as far as can be told from here."""
         if self.pids == _pids():
-            return _is_running(self.pid, self.started)
+            return find(ProcessId(self.pid, self.started)) is not None
         return time.time() - self.heartbeat <= STALE_S
 
     def __str__(self) -> str:
@@ -232,15 +231,6 @@ def _pids() -> str:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115
     except OSError:  # not Linux
         return socket.gethostname()
-
-
-def _is_running(pid: int, started: float) -> bool:
-    try:
-        process = psutil.Process(pid)
-        # One that ended and was not waited for still has its number.
-        return abs(process.create_time() - started) < _CLOCK_S and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _refusal(name: str, other: Holder, storage: Storage) -> str:

@@ -148,5 +148,9 @@ def _summary(worker_exceptions: Mapping[int, BaseException]) -> str:
     if dead:
         return f"the process of rank {min(dead)} died"
     rank = min(worker_exceptions)
-    lines = str(worker_exceptions[rank]).strip().splitlines() or [""]
-    return f"rank {rank}: {type(worker_exceptions[rank]).__name__}: {lines[-1][:300]}"
+    return f"rank {rank}: {type(worker_exceptions[rank]).__name__}: {last_line(worker_exceptions[rank])}"
+
+
+def last_line(error: BaseException) -> str:
+    """The end of an exception's text, where Ray puts what happened."""
+    return (str(error).strip().splitlines() or [""])[-1][:300]

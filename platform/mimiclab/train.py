@@ -85,9 +85,10 @@ def train(
     with ray_session(address, experiment.scale, verbose=verbose):
         # Before an earlier run is removed: packing reads every image. Nothing is made or removed before the cluster
         # has answered and is large enough.
+        located = _located(experiment)
         job = {
-            "experiment": _located(experiment).model_dump_json(),
-            "data": _packed(_located(experiment), splits, console).model_dump_json(),
+            "experiment": located.model_dump_json(),
+            "data": _packed(located, splits, console).model_dump_json(),
         }
         with Lease.take(runs.storage_of(experiment), experiment.name) as lease:
             _reap(experiment, console)
