@@ -1,14 +1,10 @@
 """The main job on a real Ray cluster and a real MLflow store. Every fit starts processes for most of a minute,
 so few fits show much each."""
 
-import io
 import re
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,7 +12,7 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
-from rich.console import Console
+from tinyruns import NUM_STEPS, TINY, at_step, history, quiet, said, tiny, workers
 
 from mimiclab import checkpoint, runs
 from mimiclab import train as train_module
@@ -27,16 +23,10 @@ from mimiclab.data.splits import locate, read_splits
 from mimiclab.engine import Engine
 from mimiclab.errors import UserError
 from mimiclab.evaluate import evaluate
-from mimiclab.experiment import load_experiment
 from mimiclab.predict import load_detector
-from mimiclab.progress import PROGRESS, ProgressReader
-from mimiclab.schema import Experiment
 from mimiclab.train import train
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
-
-TINY = (Path(__file__).parent / "tiny.yaml").read_text()
-NUM_STEPS = 14
 
 
 @pytest.fixture(scope="session")
@@ -44,29 +34,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("train")
 
 
-def tiny(root: Path, *overrides: str) -> Experiment:
-    file = root / "tiny.yaml"
-    file.write_text(TINY.replace("ROOT", str(root)))
-    return load_experiment(file, overrides).experiment
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=200)
-
-
-def said(console: Console) -> str:
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
-
-
 @pytest.fixture(scope="session")
 def finished(root: Path, ray_cluster: None) -> runs.Run:
     """A run of two workers from start to end."""
     return train(tiny(root), console=quiet())
-
-
-def history(run: runs.Run, key: str) -> list[tuple[int, float]]:
-    return [(m.step, m.value) for m in MlflowClient(run.tracking).get_metric_history(run.mlflow_run_id, key)]
 
 
 def test_every_step_is_in_mlflow_once(finished: runs.Run) -> None:
@@ -150,32 +121,11 @@ def test_a_changed_file_under_the_same_name_is_refused(finished: runs.Run, root:
         train(tiny(root, "optim.lr=2e-3"), console=quiet())
 
 
-def workers_of_this_process() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
-
-
-def at_step(folder: Path, step: int, action: Callable[[], None]) -> threading.Thread:
-    """Do something as soon as a run has reported a step."""
-
-    def wait() -> None:
-        path = folder / PROGRESS
-        while not path.exists():
-            time.sleep(0.05)
-        reader = ProgressReader(path)
-        while not any(event.get("step", 0) >= step for event in reader.new_events()):
-            time.sleep(0.01)
-        action()
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
-
-
 def test_a_run_survives_the_death_of_a_worker_with_the_same_weights(finished: runs.Run, root: Path) -> None:
     """A worker is killed by SIGKILL between checkpoints; the run ends bit for bit where `finished` did."""
     experiment = tiny(root, "name=killed")
     console = quiet()
-    killer = at_step(runs.folder_of(experiment), 7, lambda: workers_of_this_process()[-1].kill())
+    killer = at_step(runs.folder_of(experiment), 7, lambda: workers()[-1].kill())
     resumed = train(experiment, console=console)
     killer.join(timeout=10)
     # Of the dead worker, or of the other one whose connection broke, whichever Ray hears of first.
