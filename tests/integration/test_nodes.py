@@ -26,6 +26,13 @@ DRIVER = """
 import json, os, sys, time
 from pathlib import Path
 import ray
+
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # Ray writes on standard output what it thinks of lost nodes
+
+def answer(found):
+    print(json.dumps(found), file=answers, flush=True)
+
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
 address, folder, *ids = sys.argv[1:]
@@ -96,7 +103,7 @@ def drive(nodes: Nodes, folder: Path, code: str, *ids: str) -> "subprocess.Popen
 def result(driver: "subprocess.Popen[str]") -> list[object]:
     output, _ = driver.communicate(timeout=120)
     assert driver.returncode == 0
-    found: list[object] = json.loads(output.splitlines()[-1])
+    found: list[object] = json.loads(output)
     return found
 
 
@@ -116,7 +123,7 @@ def test_tasks_run_on_the_nodes_and_not_on_the_head(nodes: Nodes, tmp_path: Path
     assert "CPU" not in head.resources
     assert first.resources["CPU"] == 1
 
-    found = result(drive(nodes, tmp_path, "print(json.dumps(ray.get([meet.remote(2) for _ in range(2)])))"))
+    found = result(drive(nodes, tmp_path, "answer(ray.get([meet.remote(2) for _ in range(2)]))"))
 
     assert sorted(found) == sorted([first.id, second.id])
 
@@ -129,7 +136,7 @@ def test_ranks_on_two_nodes_find_each_other(nodes: Nodes, tmp_path: Path) -> Non
             nodes,
             tmp_path,
             "ranks = [Rank.options(scheduling_strategy=On(id, soft=False)).remote() for id in ids]\n"
-            f"print(json.dumps(ray.get([rank.reduce.remote(i, 2, {port}) for i, rank in enumerate(ranks)])))",
+            f"answer(ray.get([rank.reduce.remote(i, 2, {port}) for i, rank in enumerate(ranks)]))",
             *(ids := [nodes.get("node-1").id, nodes.get("node-2").id]),
         )
     )
@@ -138,7 +145,7 @@ def test_ranks_on_two_nodes_find_each_other(nodes: Nodes, tmp_path: Path) -> Non
 
 
 def test_a_task_that_waits_for_a_node_runs_on_the_one_that_is_added(nodes: Nodes, tmp_path: Path) -> None:
-    driver = drive(nodes, tmp_path, "print(json.dumps([ray.get(late.remote())]))")
+    driver = drive(nodes, tmp_path, "answer([ray.get(late.remote())])")
 
     added = nodes.add(resources={"late": 1}, labels={"ray.io/market-type": "on-demand"})
 
@@ -153,7 +160,7 @@ def test_what_ran_on_a_killed_node_runs_again_elsewhere(nodes: Nodes, tmp_path: 
     driver = drive(
         nodes,
         tmp_path,
-        "print(json.dumps([ray.get(stay.options(scheduling_strategy=On(ids[0], True)).remote())]))",
+        "answer([ray.get(stay.options(scheduling_strategy=On(ids[0], True)).remote())])",
         doomed.id,
     )
     pid = int(read_when_there(tmp_path / f"stays-{doomed.id}"))
@@ -180,7 +187,7 @@ def test_a_drained_node_works_until_its_deadline(nodes: Nodes, tmp_path: Path) -
     driver = drive(
         nodes,
         tmp_path,
-        "print(json.dumps([ray.get(stay.options(scheduling_strategy=On(ids[0], True)).remote())]))",
+        "answer([ray.get(stay.options(scheduling_strategy=On(ids[0], True)).remote())])",
         node.id,
     )
     read_when_there(tmp_path / f"stays-{node.id}")

@@ -46,7 +46,7 @@ def up(
 
     Raises:
         UserError: the machine's runs already.
-        RuntimeError: it ended or takes no jobs within three minutes; with the end of its output.
+        RuntimeError: it ended or takes no jobs within three minutes; with what it lacks and the end of its output.
     """
     _sweep(say)
     before = None if owned else state.running()
@@ -96,9 +96,9 @@ def up(
     nodes.cluster.write()  # before it answers, so that `down` ends it whatever happens to this command
     try:
         say(f"starting a head at {nodes.cluster.head}, its files in {folder}")
-        _wait_for(lambda: _listens(head), "its head", starter, nodes.cluster, say)
+        _wait_for(lambda: _is_silent(head), "its head", starter, nodes.cluster, say)
         started = [nodes.start(num_cpus=cpus_per_node) for _ in range(num_nodes)]
-        _wait_for(lambda: _takes_jobs(nodes.cluster, agent), "its job server", starter, nodes.cluster, say)
+        _wait_for(lambda: _takes_no_jobs(nodes.cluster, agent), "its job server", starter, nodes.cluster, say)
         for name in (HEAD, *started):
             nodes.wait_alive(name)
     except BaseException:
@@ -205,7 +205,7 @@ def _sweep(say: Callable[[str], None]) -> bool:
 
 
 def _wait_for(
-    condition: Callable[[], bool],
+    lacks: Callable[[], str],
     what: str,
     starter: psutil.Process,
     cluster: LocalCluster,
@@ -213,30 +213,34 @@ def _wait_for(
 ) -> None:
     start = time.monotonic()
     next_word = 5.0
+    reason = "it ended"
     while state.is_alive(starter) and (elapsed := time.monotonic() - start) < _START_TIMEOUT_S:
-        if condition():
+        reason = lacks()
+        if not reason:
             return
         if elapsed > next_word:
             say(f"waiting for {what} ({elapsed:.0f} s of at most {_START_TIMEOUT_S:.0f} s)")
             next_word += 10
         time.sleep(0.1)
     output = (Path(cluster.folder) / "head.log").read_text(errors="replace")[-2000:]
-    raise RuntimeError(f"Ray's head at {cluster.head} did not start:\n{output}")
+    raise RuntimeError(f"Ray's head at {cluster.head} did not start ({reason}):\n{output}")
 
 
-def _listens(port: int) -> bool:
-    with contextlib.suppress(OSError):
+def _is_silent(port: int) -> str:
+    try:
         socket.create_connection((_LOOPBACK, port), timeout=1).close()
-        return True
-    return False
+        return ""
+    except OSError as error:
+        return f"nothing answers at port {port}: {error}"
 
 
-def _takes_jobs(cluster: LocalCluster, agent: int) -> bool:
+def _takes_no_jobs(cluster: LocalCluster, agent: int) -> str:
     # The server answers first; then the node is there, and last the agent on it that starts jobs.
-    with contextlib.suppress(UserError):
+    try:
         client = connect_local(cluster)
-        return _listens(agent) and "memory" in resources(client)
-    return False
+    except UserError as error:
+        return f"{error}: {error.__cause__}"
+    return _is_silent(agent) or ("" if "memory" in resources(client) else "it has no node")
 
 
 def free_ports(num: int) -> list[int]:
