@@ -1,0 +1,130 @@
+"""Training, and what is done with a trained run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from mimiclab.verbs.options import Address, ExperimentFile, Fresh, Overrides, RunName, Storage, Verbose
+
+if TYPE_CHECKING:
+    from mimiclab.experiment import LoadedExperiment
+    from mimiclab.schema import Experiment
+
+app = typer.Typer()
+
+
+@app.command()
+def show(experiment: ExperimentFile, overrides: Overrides = None, verbose: Verbose = False) -> None:
+    """Show every value of an experiment, and where it was written."""
+    from rich.console import Console
+
+    from mimiclab.experiment import load_experiment, render
+
+    Console(soft_wrap=True, markup=False).print(render(load_experiment(experiment, overrides or ())), end="")
+
+
+@app.command()
+def train(
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    address: Address = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Train N runs, of its seed and those after it; show means and 95 % intervals."),
+    ] = None,
+    fresh: Fresh = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train an experiment; the same command goes on where it was."""
+    from mimiclab.experiment import load_experiment
+
+    loaded = load_experiment(experiment, overrides or ())
+    if seeds is None:
+        _train(loaded.experiment, address, fresh, verbose)
+    else:
+        _train_seeds(loaded, seeds, address, fresh, verbose)
+
+
+@app.command()
+def demo(overrides: Overrides = None, fresh: Fresh = False, verbose: Verbose = False) -> None:
+    """Generate scenes, train on them from a random start, and show what was learned."""
+    from mimiclab.experiment import load_experiment
+
+    file = _shipped_experiment("scenes.yaml")
+    _train(load_experiment(file, overrides or ()).experiment, None, fresh, verbose)
+
+
+def _shipped_experiment(name: str) -> Path:
+    """An experiment of the checkout, or its copy inside of an installed wheel."""
+    package = Path(__file__).parent.parent
+    copies = (package.parent.parent / "experiments" / name, package / "experiments" / name)
+    return next((path for path in copies if path.is_file()), copies[0])
+
+
+def _train(experiment: Experiment, address: str | None, fresh: bool, verbose: bool) -> None:
+    from rich.console import Console
+
+    from mimiclab.summary import show_result
+    from mimiclab.train import train
+
+    console = Console(soft_wrap=True, markup=False)
+    run = train(experiment, console=console, address=address, fresh=fresh, verbose=verbose)
+    show_result(run, experiment, console)
+
+
+def _train_seeds(loaded: LoadedExperiment, num: int, address: str | None, fresh: bool, verbose: bool) -> None:
+    from rich.console import Console
+
+    from mimiclab.seeds import train_seeds
+
+    console = Console(soft_wrap=True, markup=False)
+    train_seeds(loaded, num, console=console, address=address, fresh=fresh, verbose=verbose)
+
+
+@app.command()
+def evaluate(run: RunName, storage: Storage = "./runs", verbose: Verbose = False) -> None:
+    """Score a run's best weights on its validation set, both heads."""
+    from rich.console import Console
+
+    from mimiclab import runs
+    from mimiclab.summary import evaluate_run
+
+    evaluate_run(runs.find(run, storage), Console(soft_wrap=True, markup=False))
+
+
+@app.command()
+def predict(
+    run: RunName,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files or folders.")],
+    save: Annotated[Path, typer.Option(help="Folder for pictures and detections.json.")] = Path("predictions"),
+    min_score: Annotated[float, typer.Option(help="Leave out detections below.", min=0, max=1)] = 0.3,
+    storage: Storage = "./runs",
+    verbose: Verbose = False,
+) -> None:
+    """Detect objects in images with a run's best weights."""
+    from rich.console import Console
+
+    from mimiclab import runs
+    from mimiclab.summary import predict_and_show
+
+    predict_and_show(runs.find(run, storage), images, save, min_score, Console(soft_wrap=True, markup=False))
+
+
+@app.command()
+def export(
+    run: RunName,
+    format: Annotated[Literal["onnx", "torch"], typer.Option(help="ONNX, or torch's exported program (.pt2).")],
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; in the run's folder, or here if that is remote.")
+    ] = None,
+    storage: Storage = "./runs",
+    verbose: Verbose = False,
+) -> None:
+    """Write a run's deployed detector, with its best weights, as a file for other programs."""
+    from mimiclab import runs
+    from mimiclab.export import export
+
+    export(runs.find(run, storage), format, output, typer.echo)
