@@ -8,28 +8,21 @@ import pickle
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import ray
 from ray import PlacementGroupID, tune
 from ray.tune.error import TuneError
-from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.util.placement_group import PlacementGroup
-from rich.console import Console
 
-from mimiclab import runs
 from mimiclab.errors import NoRetryError, UserError
-from mimiclab.schema import Experiment, SearchConfig
+from mimiclab.schema import SearchConfig
 from mimiclab.search.course import Course
+from mimiclab.search.trial import run_trial
 from mimiclab.search.trials import Trial
 from mimiclab.storage import Storage
-from mimiclab.tracking.searches import PARENT_TAG
-from mimiclab.train import check, train
 from mimiclab.worker import PLACEMENT_GROUP
-
-if TYPE_CHECKING:
-    from mimiclab.data.splits import Splits
 
 ENVIRONMENT = {
     # MLflow holds the curves; nobody reads Tune's CSV and TensorBoard files.
@@ -73,7 +66,7 @@ def run_trials(
     if not verbose:  # a trial's error is told in a line, and its traceback is in Tune's folder
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     trainable = tune.with_parameters(
-        _run_trial,
+        run_trial,
         experiments=[trial.experiment.model_dump_json() for trial in trials],
         parent=parent,
         folder=str(Path.cwd()),
@@ -108,39 +101,6 @@ def run_trials(
         raise
     if any(trial.outcome in ("waiting", "running") for trial in trials):  # Tune answers Ctrl-C by returning early
         raise KeyboardInterrupt
-
-
-def _run_trial(config: Mapping[str, int], *, experiments: Sequence[str], parent: str, folder: str) -> None:
-    """Train one trial; Tune runs this in a process of its own, and kills it there when the trial is pruned."""
-    os.chdir(folder)  # relative paths mean what they mean where the search was started
-    experiment = Experiment.model_validate_json(experiments[config["number"]])
-    console = Console(quiet=True)
-    splits = check(experiment, console)
-    if result := _last_result(experiment, splits):
-        tune.report(result)
-    train(
-        experiment,
-        console=console,
-        tags={PARENT_TAG: parent},
-        callbacks=[TuneReportCallback()],
-        splits=splits,
-    )
-
-
-def _last_result(experiment: Experiment, splits: Splits) -> dict[str, Any] | None:
-    """The last evaluation of a trial that is resumed: workers do not make it again, the search may not know of it."""
-    from mimiclab import checkpoint
-    from mimiclab.data.order import training_order
-
-    newest = checkpoint.latest(runs.storage_of(experiment) / runs.CHECKPOINTS, warn=lambda _: None, deep=False)
-    if newest is None:
-        return None
-    order = training_order(splits.train, experiment)
-    step = newest.meta.get("evaluated")
-    for epoch in range(1, experiment.optim.epochs + 1):
-        if order.epoch_end_step(epoch) == step:
-            return {"epoch": epoch, "step": step, **newest.meta["metrics"]}
-    return None
 
 
 class _Decisions(FIFOScheduler):  # type: ignore[misc]
