@@ -1,11 +1,12 @@
 import dataclasses
+import platform
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from mimiclab.cluster import jobs
-from mimiclab.cluster.jobs import Job
+from mimiclab.cluster.jobs import Job, Task
 from mimiclab.errors import UserError
 from mimiclab.experiment import load_experiment
 
@@ -39,7 +40,7 @@ def test_a_name_in_use_is_refused(status):
 def test_two_jobs_never_train_the_same_run():
     before = [job("night", "RUNNING", run="/runs/tiny")]
 
-    with pytest.raises(UserError, match="the run /runs/tiny is being trained: job night is RUNNING"):
+    with pytest.raises(UserError, match="the run /runs/tiny is being worked at: job night is RUNNING"):
         jobs.next_id("tiny", "/runs/tiny", before)
 
 
@@ -73,9 +74,9 @@ def run_entrypoint(tmp_path, monkeypatch, python):
     monkeypatch.chdir(here)
     Path("x.yaml").write_text("name: small\ndata: {scenes: {root: /data}}\nwhere: {storage: /runs}\n")
 
-    def run(*overrides, fresh=False):
+    def run(*overrides, verb="train", options=()):
         experiment = load_experiment("x.yaml", overrides).experiment
-        command = jobs.entrypoint(experiment, fresh=fresh, python=str(python))
+        command = jobs.entrypoint(Task(verb, experiment, options), python=str(python))
         out = subprocess.check_output(command, shell=True, cwd=package, text=True)
         return [line.replace(str(tmp_path), "") for line in out.splitlines()]
 
@@ -97,9 +98,54 @@ def test_a_job_with_relative_paths_runs_where_it_was_submitted(run_entrypoint, r
 
 @pytest.mark.parametrize("tracking", ["sqlite:////mlflow.db", "http://mlflow:5000"])
 def test_a_job_with_absolute_paths_runs_on_any_machine(run_entrypoint, tracking):
-    done = run_entrypoint(f"where.tracking={tracking}", fresh=True)
+    done = run_entrypoint(f"where.tracking={tracking}", options=("--fresh",))
 
     assert done == ["/package", *TRAIN, "--fresh", "experiment.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [("search", ()), ("drill", ("--events", "drain@7:20s,kill-node@9")), ("train", ("--seeds", "3"))],
+)
+def test_every_verb_gets_its_options_and_the_experiment(run_entrypoint, verb, options):
+    done = run_entrypoint("where.tracking=http://mlflow:5000", verb=verb, options=options)
+
+    assert done == ["/package", "-P", "-m", "mimiclab", verb, *options, "experiment.yaml"]
+
+
+def test_an_evaluation_is_of_the_run(run_entrypoint):
+    done = run_entrypoint("where.tracking=http://mlflow:5000", verb="evaluate")
+    near = run_entrypoint("where.storage=./my runs", verb="evaluate")
+
+    assert done == ["/package", "-P", "-m", "mimiclab", "evaluate", "small", "--storage", "/runs"]
+    assert near == ["/it's here", "-P", "-m", "mimiclab", "evaluate", "small", "--storage", "./my runs"]
+
+
+class Server:
+    """The part of a job server that says what it runs."""
+
+    def __init__(self, python, ray):
+        self.data = {"pythonVersion": python, "rayVersion": ray}
+
+    def get_address(self):
+        return "http://cluster:8265"
+
+    def _do_request(self, *_):
+        return self
+
+    def json(self):
+        return {"data": self.data}
+
+
+def test_another_python_or_ray_is_refused():
+    import ray
+
+    minor = ".".join(platform.python_version_tuple()[:2])
+    jobs.check_versions(Server(f"{minor}.99", ray.__version__))
+    with pytest.raises(UserError, match=r"http://cluster:8265 runs Python 3\.9\.1 and ray .*, here is Python 3\."):
+        jobs.check_versions(Server("3.9.1", ray.__version__))
+    with pytest.raises(UserError, match=r"ray 2\.1\.0, here is .*; expected the same ray"):
+        jobs.check_versions(Server(f"{minor}.1", "2.1.0"))
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../x", "-x", "x" * 101])

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from mimiclab import code
 from mimiclab.cluster import package
 from mimiclab.errors import UserError
 from mimiclab.experiment import load_experiment
+from mimiclab.storage import Storage
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def test_byte_code_and_hidden_files_stay(experiment, stage, tmp_path, monkeypatc
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).touch()
     monkeypatch.syspath_prepend(source.parent)
-    monkeypatch.setattr(package, "MODULES", ("somecode",))
+    monkeypatch.setattr(package, "PACKAGES", ("somecode",))
 
     package.stage(experiment, stage)
 
@@ -57,10 +59,10 @@ def test_byte_code_and_hidden_files_stay(experiment, stage, tmp_path, monkeypatc
 
 def test_a_package_is_complete_and_comes_before_what_is_installed(experiment, stage):
     package.stage(experiment, stage)
-    code = "import mimiclab.train, mimicdet; print(mimiclab.__file__, mimicdet.__file__, sep='\\n')"
+    program = "import mimiclab.train, mimicdet; print(mimiclab.__file__, mimicdet.__file__, sep='\\n')"
 
     out = subprocess.check_output(
-        [sys.executable, "-P", "-c", code], env={**os.environ, "PYTHONPATH": str(stage)}, text=True
+        [sys.executable, "-P", "-c", program], env={**os.environ, "PYTHONPATH": str(stage)}, text=True
     )
 
     assert out.splitlines() == [str(stage / "mimiclab/__init__.py"), str(stage / "mimicdet/__init__.py")]
@@ -80,10 +82,60 @@ def test_a_package_that_is_too_large_is_refused(experiment, stage, tmp_path, mon
     (source / "__init__.py").touch()
     (source / "forgotten.safetensors").write_bytes(bytes(3_000_000))
     monkeypatch.syspath_prepend(source.parent)
-    monkeypatch.setattr(package, "MODULES", ("largecode",))
+    monkeypatch.setattr(package, "PACKAGES", ("largecode",))
     monkeypatch.setattr(package, "LIMIT_MB", 2)
 
     with pytest.raises(
         UserError, match=r"has 3\.0 MB, expected at most 2; .*: largecode/forgotten\.safetensors \(3\.00 MB\)"
     ):
         package.stage(experiment, stage)
+
+
+def test_a_package_is_kept_and_comes_back_as_it_was(experiment, stage, tmp_path):
+    package.stage(experiment, stage)
+    root = Storage(tmp_path / "runs")
+    name = package.keep(stage, root)
+    (stage / "mimiclab" / "cli.py").touch()  # another time, the same content
+    again = tmp_path / "again"
+    package.restore(name, root, again)
+
+    assert package.keep(stage, root) == name
+    assert list((root / package.KEPT).sizes()) == [name]
+    assert {f: (again / f).read_bytes() for f in files_in(again)} == {
+        f: (stage / f).read_bytes() for f in files_in(stage)
+    }
+
+
+def test_a_package_that_was_changed_or_removed_is_refused(experiment, stage, tmp_path):
+    package.stage(experiment, stage)
+    root = Storage(tmp_path / "runs")
+    name = package.keep(stage, root)
+    (stage / "mimiclab" / "cli.py").write_text("another")
+    other = package.keep(stage, root)
+    place = root / package.KEPT
+
+    assert other != name
+    place.write(name, place.read(other))
+    with pytest.raises(UserError, match=rf"{name}: it was changed since it was submitted"):
+        package.restore(name, root, tmp_path / "changed")
+    place.write(name, b"nothing")
+    with pytest.raises(UserError, match=rf"{name}: no package of a job"):
+        package.restore(name, root, tmp_path / "broken")
+    place.delete(name)
+    with pytest.raises(UserError, match=rf"{name}: the package of this job is gone"):
+        package.restore(name, root, tmp_path / "gone")
+
+
+def test_code_has_one_hash_wherever_it_lies(experiment, stage, tmp_path):
+    program = "from mimiclab.code import running_code; print(running_code())"
+    package.stage(experiment, stage)
+    there = subprocess.check_output(
+        [sys.executable, "-P", "-c", program], env={**os.environ, "PYTHONPATH": str(stage)}, text=True
+    ).strip()
+
+    assert there == code.running_code()
+    (stage / "mimicdet" / "detector.py").write_text("changed = True\n")
+    changed = subprocess.check_output(
+        [sys.executable, "-P", "-c", program], env={**os.environ, "PYTHONPATH": str(stage)}, text=True
+    ).strip()
+    assert changed != there

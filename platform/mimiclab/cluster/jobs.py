@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import platform
 import re
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mimicdet.config import is_published_name
 from mimiclab import runs
@@ -27,9 +28,12 @@ from mimiclab.errors import UserError
 from mimiclab.experiment import flatten
 from mimiclab.schema import PATH_KEYS, Experiment
 from mimiclab.session import ENVIRONMENT, check_resources
+from mimiclab.storage import Storage
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
+
+Verb = Literal["train", "search", "evaluate", "drill"]
 
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _POLL_S = 0.5
@@ -45,7 +49,7 @@ class Job:
     """The name, with the number of the attempt from the second on."""
     name: str
     run: str
-    """Folder of the run that it trains."""
+    """Folder of the run or the search that it works at."""
     status: str
     message: str
     """The last words of a failed job, else what Ray says of it."""
@@ -59,43 +63,110 @@ class Job:
         return self.status in _ENDED
 
 
-def submit_train(
-    client: JobSubmissionClient, experiment: Experiment, *, name: str | None, fresh: bool, say: Callable[[str], None]
-) -> str:
-    """Submit the training of an experiment and return the job's id.
+@dataclass(frozen=True)
+class Task:
+    """What a job is to do."""
+
+    verb: Verb
+    experiment: Experiment
+    options: tuple[str, ...] = ()
+    """More arguments of the verb, as `--fresh`."""
+
+    @property
+    def run(self) -> str:
+        """Where its run, or its search, is; two jobs never work at the same."""
+        return runs.storage_of(self.experiment).name
+
+
+def submit(client: JobSubmissionClient, task: Task, *, name: str | None, say: Callable[[str], None]) -> str:
+    """Submit a verb on an experiment and return the job's id.
 
     Args:
         client: of the cluster's job server.
-        experiment: what to train.
-        name: of the job; by default the experiment's.
-        fresh: start the run anew.
+        task: what is to be done. The caller has checked what the verb itself would refuse.
+        name: of the job; by default the experiment's, and for what is no training the verb before it.
         say: gets a line for the user.
 
     Raises:
-        UserError: before anything is uploaded: the run's folder is another experiment's, the cluster is too small,
-            the name is in use, the package is too large.
+        UserError: before anything is uploaded: the cluster is too small or has other versions, the name is in use,
+            the package is too large.
     """
-    name = experiment.name if name is None else check_name(name)
-    runs.check(experiment, fresh=fresh)
-    run = runs.storage_of(experiment).name
-    check_resources(resources(client), experiment.scale)
-    job_id = next_id(name, run, list_jobs(client))
+    experiment = task.experiment
+    default = experiment.name if task.verb == "train" else f"{task.verb}-{experiment.name}"[:100]
+    name = default if name is None else check_name(name)
+    check_versions(client)
+    if task.verb in ("train", "search"):
+        check_resources(resources(client), experiment.scale)
+    job_id = next_id(name, task.run, list_jobs(client))
+    root = runs.root_of(experiment)
     with tempfile.TemporaryDirectory() as folder:
         say(f"uploading {package.stage(experiment, Path(folder))}")
-        client.submit_job(
-            # On another machine, its image says which Python.
-            entrypoint=entrypoint(
-                experiment, fresh=fresh, python=sys.executable if is_this_machine(client) else "python"
-            ),
-            submission_id=job_id,
-            runtime_env={
-                "working_dir": folder,
-                "env_vars": {name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()},
-            },
-            metadata={"job_name": name, "run": run},
-        )
+        kept = package.keep(Path(folder), root)
+        # On another machine, its image says which Python.
+        python = sys.executable if is_this_machine(client) else "python"
+        metadata = {"job_name": name, "run": task.run, "root": root.uri, "package": kept}
+        _submit(client, job_id, Path(folder), entrypoint(task, python=python), metadata)
     say(f"submitted as job {job_id} to {client.get_address()}")
     return job_id
+
+
+def resubmit(client: JobSubmissionClient, job_id: str, *, say: Callable[[str], None]) -> str:
+    """Submit a job that has ended once more, with the code and the experiment that it had, and return the new id.
+
+    The run's name stays, so what it had done it goes on from.
+
+    Raises:
+        UserError: there is no such job, it has not ended, another works at its run, or its package is gone.
+    """
+    job = find(client, job_id)
+    details = client.get_job_info(job_id)
+    metadata = dict(details.metadata or {})
+    if "package" not in metadata:
+        raise UserError(f"job {job_id}: it was not submitted by mimiclab; expected one that was")
+    check_versions(client)
+    again = next_id(job.name, job.run, list_jobs(client))
+    with tempfile.TemporaryDirectory() as folder:
+        package.restore(metadata["package"], Storage(metadata["root"]), Path(folder))
+        # What was to start anew has started; it goes on.
+        _submit(client, again, Path(folder), details.entrypoint.replace(" --fresh", ""), metadata)
+    say(f"submitted as job {again} to {client.get_address()}, with the code and the experiment of {job_id}")
+    return again
+
+
+def check_versions(client: JobSubmissionClient) -> None:
+    """Make sure that the cluster has this Python and this Ray: what is pickled here has to be read there.
+
+    Raises:
+        UserError: it has others.
+    """
+    import ray
+
+    found = client._do_request("GET", "/api/v0/cluster_metadata").json()["data"]
+    here = {"Python": platform.python_version(), "ray": ray.__version__}
+    there = {"Python": str(found["pythonVersion"]), "ray": str(found["rayVersion"])}
+    # Byte code and pickles of one minor version of Python are read by that one.
+    equal = here["Python"].split(".")[:2] == there["Python"].split(".")[:2] and here["ray"] == there["ray"]
+    if not equal:
+        raise UserError(
+            f"the cluster at {client.get_address()} runs {_versions(there)}, here is {_versions(here)}; expected the "
+            "same ray and the same Python up to its second number: submit from an environment like the cluster's"
+        )
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return " and ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _submit(client: JobSubmissionClient, job_id: str, folder: Path, command: str, metadata: dict[str, str]) -> None:
+    client.submit_job(
+        entrypoint=command,
+        submission_id=job_id,
+        runtime_env={
+            "working_dir": str(folder),
+            "env_vars": {name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()},
+        },
+        metadata=metadata,
+    )
 
 
 def check_name(name: str) -> str:
@@ -117,7 +188,7 @@ def next_id(name: str, run: str, jobs: Sequence[Job]) -> str:
     """
     for job in jobs:
         if not job.is_over and (job.name == name or job.run == run):
-            use = f"the job name {name} is in use" if job.name == name else f"the run {run} is being trained"
+            use = f"the job name {name} is in use" if job.name == name else f"the run {run} is being worked at"
             raise UserError(
                 f"{use}: job {job.id} is {job.status}; expected another name, or that one to end "
                 f"(mimiclab jobs stop {job.id})"
@@ -130,13 +201,17 @@ def next_id(name: str, run: str, jobs: Sequence[Job]) -> str:
     return job_id
 
 
-def entrypoint(experiment: Experiment, *, fresh: bool, python: str) -> str:
-    """The shell command of a training job, to be run in the folder of its package."""
+def entrypoint(task: Task, *, python: str) -> str:
+    """The shell command of a job, to be run in the folder of its package."""
     # -P: the folder that the job runs in is not searched for modules, only the package is.
-    command = shlex.join([python, "-P", "-m", "mimiclab", "train", *(["--fresh"] if fresh else [])])
-    if _has_relative_paths(experiment):
-        return f'cd {shlex.quote(str(Path.cwd()))} && exec {command} "$OLDPWD/{package.EXPERIMENT}"'
-    return f"exec {command} {package.EXPERIMENT}"
+    command = [python, "-P", "-m", "mimiclab", task.verb, *task.options]
+    if task.verb == "evaluate":  # of a run, which says itself what it is an experiment of
+        command += [task.experiment.name, "--storage", task.experiment.where.storage]
+    joined = shlex.join(command)
+    file = "" if task.verb == "evaluate" else package.EXPERIMENT
+    if _has_relative_paths(task.experiment):
+        return f"cd {shlex.quote(str(Path.cwd()))} && exec {joined}" + (f' "$OLDPWD/{file}"' if file else "")
+    return f"exec {joined} {file}".rstrip()
 
 
 def list_jobs(client: JobSubmissionClient) -> list[Job]:
