@@ -4,9 +4,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 UV := $(BIN)/uv
+# A file's tests stay together: what its fixtures make is made once.
+PARALLEL := --numprocesses=auto --dist=loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-faults test-all lint format type-check lock bench ui clean
+.PHONY: help setup demo test test-fast test-faults test-browser test-all screenshots lint format type-check lock bench ui clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,19 +33,26 @@ ui: $(READY) ## MLflow's pages of the runs made here
 
 # Two processes: in one that is connected to Ray, arrow talks to S3 otherwise.
 test: $(READY) ## all tests but those that take minutes each
-	$(BIN)/pytest -m "not long" tests/unit
+	$(BIN)/pytest $(PARALLEL) -m "not long" tests/unit
 	$(BIN)/pytest -m "not long" tests/integration
 
 test-fast: $(READY) ## tests that need neither a cluster nor a server, and no patience
-	$(BIN)/pytest -m "not cluster and not server and not slow and not long"
+	$(BIN)/pytest $(PARALLEL) -m "not cluster and not server and not slow and not long"
 
 test-faults: $(READY) ## tests that kill, fill and cut off what a run stands on
 	$(BIN)/pytest -m "not long" tests/faults
 
+test-browser: $(READY) ## tests that open MLflow's pages in Chromium (Debian: apt-get install chromium)
+	$(BIN)/pytest tests/browser
+
 test-all: $(READY) ## every test
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest $(PARALLEL) tests/unit
 	$(BIN)/pytest tests/integration
 	$(BIN)/pytest tests/faults
+	$(BIN)/pytest tests/browser
+
+screenshots: $(READY) ## docs/*.png of MLflow's pages, of a small store or of TRACKING=sqlite:///mlflow.db
+	PYTHONPATH=tests/support $(BIN)/python tests/browser/screenshots.py $(TRACKING)
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -49,7 +49,7 @@ class Books:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._view.__exit__()
         if isinstance(error, KeyboardInterrupt):
-            self.ledger.failed(time.time(), "driver", "stopped by Ctrl-C")
+            self.ledger.failed(time.time(), "driver", str(error) or "stopped by Ctrl-C")
         self.ledger.end_session(time.time())
         self._log.close()
         if error is not None and not isinstance(error, UserError | KeyboardInterrupt) and self._tracebacks:

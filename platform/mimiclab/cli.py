@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mimiclab.errors import UserError
-from mimiclab.verbs import cluster, data, jobs, plan, search, tracking, training
+from mimiclab.verbs import cluster, compare, data, jobs, models, plan, search, tracking, training
 
 app = typer.Typer(
     help="Train, search and compare object detectors.",
@@ -18,11 +18,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verbs in (training, search, tracking, cluster, plan):
+for verbs in (training, search, compare, tracking, cluster, plan):
     app.add_typer(verbs.app)
 app.add_typer(data.app, name="data")
+app.add_typer(models.app, name="models")
 app.add_typer(jobs.submit_app, name="submit")
 app.add_typer(jobs.jobs_app, name="jobs")
+app.add_typer(compare.runs_app, name="runs")
 
 
 def _print_version(wanted: bool) -> None:

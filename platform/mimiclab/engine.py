@@ -125,7 +125,7 @@ class Engine:
         self.signal = 0.0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.optimizer = build_optimizer(detector, config)
-        kind = next(detector.parameters()).device.type
+        kind = self.device.type
         # fp16's smallest numbers are too large for most gradients. Disabled, it passes everything through.
         self._scaler = torch.amp.GradScaler(kind, enabled=config.precision == "fp16")
         self._objective: nn.Module = _Objective(detector, config, self.world)
@@ -135,6 +135,11 @@ class Engine:
             self._objective = DistributedDataParallel(
                 self._objective, find_unused_parameters=True, broadcast_buffers=False
             )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the detector is."""
+        return next(self.detector.parameters()).device
 
     def train_step(self, batch: Batch, signal: float = 0.0) -> dict[str, Tensor]:
         """Advance by one global step.

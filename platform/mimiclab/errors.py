@@ -11,3 +11,7 @@ class UserError(Exception):
 
 class NoRetryError(RuntimeError):
     """Training cannot go on, and would fail in the same way if it were tried again; nobody's wrong input."""
+
+
+class PreemptedError(NoRetryError):
+    """Machines were taken more often than `scale.max_preemptions` allows."""

@@ -1,11 +1,9 @@
-"""COCO metrics of every head, by pycocotools."""
+"""How well every head detects, and how fast the deployed one does."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,30 +12,37 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mimicdet.interface import Detector
-from mimiclab.data.coco import CocoDataset, coco_ground_truth
+from mimiclab.analysis import Analysis, analyse
+from mimiclab.data.coco import CocoDataset
 from mimiclab.data.columns import ImageRecord
 from mimiclab.data.dataset import EvalBatches, scale_boxes
 from mimiclab.data.loader import load
 from mimiclab.data.transforms import resized_size
 from mimiclab.engine import evaluate_pass
+from mimiclab.latency import Latency
 from mimiclab.schema import DataConfig, EvalConfig
+from mimiclab.scoring import Detections, Truth
 
-# pycocotools' summary, in its order.
-SUMMARY = (
-    *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
-    *("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"),
-)
+ANALYSED = ("student", "teacher")
+"""The heads whose errors are told apart."""
 
-# One detection: image id, x, y, width, height in the image's own pixels, score, category id.
-Detections = npt.NDArray[np.float64]
+LATENCY = "student/latency_ms"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics such as `student/AP`, `teacher/AP50`, with a teacher `gap/AP`; each head's detections (n, 7)."""
+    """Of a detector on a data set.
+
+    Attributes:
+        metrics: such as `student/AP`, `teacher/AP50`, `student/errors/missed`, see box_errors.py; with a teacher
+            `gap/AP`; `LATENCY`, see latency.py, where it was measured.
+        detections: each head's, (n, 7).
+        analyses: of those of `ANALYSED` that there are.
+    """
 
     metrics: dict[str, float]
     detections: dict[str, Detections]
+    analyses: dict[str, Analysis]
 
 
 def evaluate(
@@ -54,12 +59,16 @@ def evaluate(
 
     Every rank has to call it; all but rank 0 get None. `between` is called after every batch.
     """
-    share = detect(detector, dataset, data, config, rank=rank, world=world, between=between)
+    latency = Latency(detector)
+    share = detect(detector, dataset, data, config, rank=rank, world=world, between=between, latency=latency)
     shares: list[dict[str, Detections] | None] = [share]
     if world > 1:
         shares = [None] * world
         dist.all_gather_object(shares, share)
-    return score(dataset, [part for part in shares if part is not None]) if rank == 0 else None
+    if rank != 0:
+        return None
+    evaluation = score(dataset, [part for part in shares if part is not None])
+    return replace(evaluation, metrics={**evaluation.metrics, LATENCY: latency.milliseconds()})
 
 
 def detect(
@@ -71,24 +80,38 @@ def detect(
     rank: int,
     world: int,
     between: Callable[[], object] = lambda: None,
+    latency: Latency | None = None,
 ) -> dict[str, Detections]:
-    """Each head's detections (n, 7) on this rank's share of the images; no head where the share is empty."""
-    batches = EvalBatches(
-        dataset,
-        short=data.resize.short,
-        long=data.resize.long,
-        batch_size=config.batch_size,
-        rank=rank,
-        world=world,
-    )
+    """Each head's detections (n, 7) on this rank's share of the images; no head where the share is empty.
+
+    `latency` looks at the batches as they pass.
+    """
+    batches = _batches(dataset, data, batch_size=config.batch_size, rank=rank, world=world)
     items = load(batches, range(len(batches)), processes=data.loader_processes)
     rows: dict[str, list[Detections]] = {}
-    for item, heads in enumerate(evaluate_pass(detector, items, topk=config.teacher_topk)):
+    passing = items if latency is None else latency.watch(items)
+    for item, heads in enumerate(evaluate_pass(detector, passing, topk=config.teacher_topk)):
         for head, answers in heads.items():
             for record, found in zip(batches.records(item), answers, strict=True):
                 rows.setdefault(head, []).append(_rows(record, found, dataset, data))
         between()
     return {head: np.concatenate(parts) for head, parts in rows.items()}
+
+
+def preview(detector: Detector, dataset: CocoDataset, data: DataConfig, config: EvalConfig) -> dict[str, Detections]:
+    """Each head's detections on the images of `fixed_positions` alone, before anything is evaluated."""
+    batches = _batches(dataset, data, batch_size=1)
+    rows: dict[str, list[Detections]] = {}
+    for position in fixed_positions(dataset, config.num_pictures):
+        (heads,) = evaluate_pass(detector, [batches[position]], topk=config.teacher_topk)
+        for head, (found,) in heads.items():
+            rows.setdefault(head, []).append(_rows(dataset.images[position], found, dataset, data))
+    return {head: np.concatenate(parts) for head, parts in rows.items()}
+
+
+def fixed_positions(dataset: CocoDataset, num: int) -> list[int]:
+    """`num` positions of a data set, spread over it, always the same."""
+    return sorted({int(i) for i in np.linspace(0, len(dataset.images) - 1, num)}) if num else []
 
 
 def score(dataset: CocoDataset, shares: Sequence[Mapping[str, Detections]]) -> Evaluation:
@@ -97,56 +120,21 @@ def score(dataset: CocoDataset, shares: Sequence[Mapping[str, Detections]]) -> E
         head: _by_image(np.concatenate([share[head] for share in shares if head in share]))
         for head in dict.fromkeys(head for share in shares for head in share)
     }
-    scores = {head: coco_metrics(dataset, found) for head, found in detections.items()}
-    metrics = {f"{head}/{name}": value for head, values in scores.items() for name, value in values.items()}
-    if "teacher" in scores:
-        metrics["gap/AP"] = scores["teacher"]["AP"] - scores.get("student_topk", scores["student"])["AP"]
-    return Evaluation(metrics, detections)
+    truth = Truth(dataset)
+    scored = {head: truth.score(found) for head, found in detections.items()}
+    analyses = {head: analyse(dataset, detections[head], scored[head]) for head in ANALYSED if head in scored}
+    metrics = {f"{head}/{name}": value for head, each in scored.items() for name, value in each.metrics.items()}
+    if "teacher" in scored:
+        compared = scored.get("student_topk", scored["student"])
+        metrics["gap/AP"] = scored["teacher"].metrics["AP"] - compared.metrics["AP"]
+    for head, analysis in analyses.items():
+        metrics.update((f"{head}/errors/{kind}", cost) for kind, cost in analysis.costs.items())
+    return Evaluation(metrics, detections, analyses)
 
 
-def coco_metrics(dataset: CocoDataset, detections: Detections) -> dict[str, float]:
-    """AP and AR in [0, 1] as pycocotools gives them, and AP per class as `AP/<class>`.
-
-    What pycocotools answers with -1, a size or a class of which the data has no object, is left out.
-    """
-    # pycocotools prints as it goes; imported here, since it pulls in matplotlib.
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = coco_ground_truth(dataset)
-        truth.createIndex()
-        found = COCO()
-        found.dataset = {
-            "images": truth.dataset["images"],
-            "categories": truth.dataset["categories"],
-            "annotations": [
-                {
-                    "id": number,
-                    "image_id": int(row[0]),
-                    "bbox": row[1:5].tolist(),
-                    "area": float(row[3] * row[4]),
-                    "score": float(row[5]),
-                    "category_id": int(row[6]),
-                    "iscrowd": 0,
-                }
-                for number, row in enumerate(detections, start=1)
-            ],
-        }
-        found.createIndex()
-        scorer = COCOeval(truth, found, "bbox")
-        scorer.evaluate()
-        scorer.accumulate()
-        scorer.summarize()
-    metrics = {name: float(value) for name, value in zip(SUMMARY, scorer.stats, strict=True)}
-    # (IoU thresholds, recalls, classes, areas, detections): all areas, the most detections.
-    precision = scorer.eval["precision"][:, :, :, 0, -1]
-    for index, name in enumerate(dataset.classes):
-        known = precision[:, :, index]
-        known = known[known > -1]
-        metrics[f"AP/{name}"] = float(known.mean()) if known.size else -1.0
-    return {name: value for name, value in metrics.items() if value >= 0}
+def _batches(dataset: CocoDataset, data: DataConfig, *, batch_size: int, rank: int = 0, world: int = 1) -> EvalBatches:
+    resize = data.resize
+    return EvalBatches(dataset, short=resize.short, long=resize.long, batch_size=batch_size, rank=rank, world=world)
 
 
 def _rows(record: ImageRecord, found: Mapping[str, Tensor], dataset: CocoDataset, data: DataConfig) -> Detections:

@@ -19,7 +19,7 @@ from mimiclab.errors import UserError
 from mimiclab.layers import OVERRIDE, Key, dump, merge, origins, parse_override, plain, read
 from mimiclab.mistakes import in_words
 from mimiclab.schema import PATH_KEYS, Experiment, known_keys
-from mimiclab.search.space import Distribution, extremes
+from mimiclab.search.space import Distribution, conditions, extremes
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -196,7 +196,7 @@ def _space_mistakes(
             found.append((where, f"search.space.{key}: {fixed}, expected another key"))
             continue
         # A key that is drawn under a condition on others is tried where that holds.
-        others = {other: allowed[0] for other, allowed in distribution.get("when", {}).items()}
+        others = conditions(space, key)
         for value in extremes(distribution):
             _, mistakes = _validate(_varied(tree, {**others, key: value}), environ)
             if mistakes:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mimiclab.errors import NoRetryError, UserError
 from mimiclab.inbox import Event, Inbox
 from mimiclab.schema import Experiment, ScaleConfig
+from mimiclab.seat import Seat
 from mimiclab.session import resources_per_worker
 from mimiclab.storage import Storage
 
@@ -28,6 +30,12 @@ _PATIENCE_S = 60.0
 _NEVER_S = 1e9
 # Ray's own record of a fit; nothing is resumed from it.
 RAY_FOLDER = "ray"
+
+PLACEMENT_GROUP, WHERE = "placement_group", "where"
+"""In every report to a callback: the hex id of what Ray reserved for the workers, and the address of rank 0's node."""
+
+Fit = Callable[[Experiment, Mapping[str, Any], Storage], Generator[Event, None, None]]
+"""Runs workers to the end of training, as `fit` does."""
 
 
 def fit(
@@ -52,30 +60,40 @@ def fit(
         Exception: whatever else made Ray Train give up.
     """
     inbox = Inbox.open()
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            _fit_over_starts(experiment, {**job, "inbox": inbox}, storage, inbox, callbacks)
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=run, name="ray-train", daemon=True)
     waiting = _Waiting(experiment.scale)
-    thread.start()
+    run = partial(_fit_over_starts, experiment, {**job, "inbox": inbox}, storage, inbox, callbacks)
     try:
-        while thread.is_alive():
-            thread.join(_POLL_S)
-            for event in inbox.take():
-                waiting.hear(event)
-                yield event
-            yield {"kind": "tick", "time": time.time()}
-            if text := waiting.text():
+        for event in follow(run, inbox):
+            waiting.hear(event)
+            yield event
+            if event["kind"] == "tick" and (text := waiting.text()):
                 yield {"kind": "text", "time": time.time(), "text": text}
-        yield from inbox.take()
     finally:
         # Also where the caller stops listening: nobody may write into the run after that.
         inbox.close()
+
+
+def follow(run: Callable[[], None], inbox: Inbox) -> Generator[Event, None, None]:
+    """Run workers in a thread, and yield what they tell until they have ended, and a "tick" a few times a second.
+
+    Raises:
+        BaseException: what `run` raised, out of Ray's wrapping.
+    """
+    failure: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            run()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=target, name="fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_S)
+        yield from inbox.take()
+        yield {"kind": "tick", "time": time.time()}
+    yield from inbox.take()
     if failure:
         raise _cause(failure[0])
 
@@ -89,7 +107,7 @@ def _fit_over_starts(
 
     from mimiclab.restarts import Failure, last_line
 
-    restarts = _restarts(experiment, inbox)
+    restarts = restarts_of(experiment, inbox)
     while True:
         storage.delete_folder(RAY_FOLDER)
         try:
@@ -112,7 +130,7 @@ def _trainer(
     workers = scale.workers
     return TorchTrainer(
         _loop,
-        train_loop_config=dict(job),
+        train_loop_config={"job": dict(job), "gpu": scale.gpu},
         torch_config=TorchConfig(timeout_s=round(scale.collective_timeout_s) or 1),
         scaling_config=ScalingConfig(
             num_workers=workers.max if workers.min == workers.max else (workers.min, workers.max),
@@ -127,7 +145,7 @@ def _trainer(
         run_config=RunConfig(
             name=RAY_FOLDER,
             storage_path=storage.uri if storage.local is None else str(storage.local),
-            callbacks=[_restarts(experiment, inbox), *callbacks],
+            callbacks=[restarts_of(experiment, inbox), *callbacks],
             # Started again for ever: `Restarts` decides.
             failure_config=FailureConfig(max_failures=-1, max_preemption_failures=-1, controller_failure_limit=-1),
             logging_config=LoggingConfig(log_level="ERROR"),
@@ -135,18 +153,35 @@ def _trainer(
     )
 
 
-def _restarts(experiment: Experiment, inbox: Inbox) -> Restarts:
+def restarts_of(experiment: Experiment, inbox: Inbox) -> Restarts:
+    """What counts the failures of an experiment's workers."""
     from mimiclab.restarts import Restarts
 
     scale = experiment.scale
     return Restarts(inbox, max_crashes=scale.max_crashes, max_preemptions=scale.max_preemptions)
 
 
-def _loop(job: Mapping[str, Any]) -> None:
+def _loop(config: Mapping[str, Any]) -> None:
     # Loaded here: torch, torchvision and MLflow are for the workers, not for Ray's controller.
+    import ray
+    import ray.train
+    from ray.train.torch import get_device
+
     from mimiclab.worker import Job, work
 
-    work(Job(**job))
+    job = Job(**config["job"])
+    job.inbox.enlist()
+    context = ray.train.get_context()
+    group = ray.util.get_current_placement_group()
+    place = {PLACEMENT_GROUP: group.id.hex() if group else None, WHERE: ray.util.get_node_ip_address()}
+    seat = Seat(
+        rank=context.get_world_rank(),
+        world=context.get_world_size(),
+        device=str(get_device()) if config["gpu"] else "cpu",
+        node=ray.get_runtime_context().get_node_id(),
+        report=lambda metrics: ray.train.report({**metrics, **place}),
+    )
+    work(job, seat)
 
 
 class _Waiting:

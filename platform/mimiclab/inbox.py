@@ -1,11 +1,13 @@
 """Where the processes of a run tell its driver what happens: an actor beside the driver.
 
 Workers come and go, and may share no file system with the driver; Ray's own forwarding of their output mixes in all
-processes' noise. What is told costs the one who tells it no waiting.
+processes' noise. What is told costs the one who tells it no waiting. A driver whose only worker is a thread of its own
+process needs no actor.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -35,7 +37,7 @@ class Facts:
 
 
 class _Inbox:
-    """The actor."""
+    """The actor, or what a lock makes safe for threads."""
 
     def __init__(self) -> None:
         self._unread: deque[Event] = deque(maxlen=_MAX_UNREAD)
@@ -124,3 +126,29 @@ class Inbox:
         ray.kill(self._actor)
         for worker in workers:
             ray.kill(worker)
+
+
+class LocalInbox(Inbox):
+    """The same for a driver and a worker in one process."""
+
+    def __init__(self) -> None:
+        self._box = _Inbox()
+        self._lock = threading.Lock()
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        """Put in an event, with the present time."""
+        with self._lock:
+            self._box.put({"kind": kind, "time": time.time(), **fields})
+
+    def take(self) -> list[Event]:
+        """What has arrived since the last call, in order."""
+        with self._lock:
+            return self._box.take()
+
+    def facts(self, timeout_s: float = 30.0) -> Facts:
+        """What is known of the attempts so far."""
+        with self._lock:
+            return self._box.facts()
+
+    def close(self) -> None:
+        """Nothing: the worker is no process to end."""

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from mimiclab import checkpoint
 from mimiclab.checkpoint import Checkpoint
-from mimiclab.data.coco import CocoDataset
-from mimiclab.data.dataset import read_record
 from mimiclab.data.splits import PARTS, Splits
+from mimiclab.detections import write_detections
 from mimiclab.engine import Engine
 from mimiclab.errors import UserError
-from mimiclab.evaluate import Evaluation, detections_of
+from mimiclab.evaluate import Evaluation, preview
+from mimiclab.evaluation_report import log_report, png, validation_pictures
+from mimiclab.facts import facts
 from mimiclab.inbox import Facts, Inbox
 from mimiclab.interval import Interval, best_interval
-from mimiclab.pictures import Panel, side_by_side
+from mimiclab.memory import memory_mb
 from mimiclab.preemption import LeavingError, Machines, Notice, draining_nodes, room_for
-from mimiclab.runs import CHECKPOINTS, PICTURES, UNSENT
+from mimiclab.runs import CHECKPOINTS, PICTURES, UNSENT, UNSENT_FILES
 from mimiclab.saver import Saver
 from mimiclab.schema import Experiment
+from mimiclab.scoring import Detections
 from mimiclab.session import resources_per_worker
 from mimiclab.storage import Storage
 from mimiclab.tracking.protocol import Row, Tracker, as_key
@@ -113,13 +112,19 @@ class Leader:
             where = f"from step {newest.step}"
         self._saved = engine.step
         before = self._inbox.facts()
-        self._tracker = MlflowTracker(self._tracking, self._mlflow_run_id, unsent)
+        spool = self._folder / UNSENT_FILES
+        self._tracker = MlflowTracker(self._tracking, self._mlflow_run_id, unsent, spool=spool)
+        self._tracker.set_tags(facts(engine.device))
         keep = self._experiment.checkpoint.keep
         self._saver = Saver(self._folder / CHECKPOINTS, keep=keep, warn=self._warn, written=self._tell_saved)
         self._machines = Machines(draining_nodes, nodes, room=self._room(world, before))
         self._inbox.tell("attempt", step=engine.step, world=world, nodes=list(nodes), useful_s=self._useful_s)
         plural = "s" if world > 1 else ""
         self._say(f"training {where} to step {engine.num_steps} on {world} worker{plural}")
+        if newest is None:
+            experiment = self._experiment
+            found = preview(engine.evaluated, self._val, experiment.data, experiment.eval)
+            self._log_pictures(0, found)
 
     def has_evaluated(self, step: int) -> bool:
         """Whether the weights of a step were evaluated, by this attempt or one before."""
@@ -181,6 +186,7 @@ class Leader:
         values = dict(zip(means, torch.stack([v.cpu() for v in means.values()]).tolist(), strict=True))
         values["images_per_s"] = self._experiment.optim.global_batch / seconds
         values["data_wait"] = waited / seconds
+        values |= memory_mb(engine.device)
         self._tracker.log_metrics(engine.step, {f"train/{name}": value for name, value in values.items()})
         self._inbox.tell(
             "step",
@@ -212,15 +218,29 @@ class Leader:
         self._stopped = config.patience is not None and self._since_best >= config.patience
         values = {**evaluation.metrics, f"best/{config.metric}": self._best["value"], "epoch": float(epoch)}
         self._tracker.log_metrics(engine.step, {_key(name): value for name, value in values.items()})
-        for name, image in validation_pictures(self._val, evaluation, config.num_pictures).items():
-            self._tracker.log_picture(f"validation/{as_key(name)}", engine.step, image)
-            try:
-                (self._folder / PICTURES).write(f"{name}.png", _png(image))
-            except UserError as error:  # a picture is no reason to end a run
-                self._warn(str(error))
+        self._log_pictures(engine.step, evaluation.detections)
+        log_report(self._tracker, self._val, evaluation, config.num_pictures)
+        if not self._since_best:
+            self._keep_detections(engine.step, evaluation.detections)
         self._inbox.tell("evaluation", epoch=epoch, metrics=evaluation.metrics)
         if self._stopped:
             self._say(f"{config.metric} has not become better for {self._since_best} evaluations (eval.patience): done")
+
+    def _keep_detections(self, step: int, detections: Mapping[str, Detections]) -> None:
+        """Of the best evaluation: `mimiclab compare` pairs runs by them."""
+        try:
+            write_detections(self._folder, detections, step=step, content=self._val.columns.digest())
+        except UserError as error:
+            self._warn(str(error))
+
+    def _log_pictures(self, step: int, detections: Mapping[str, Detections]) -> None:
+        pictures = validation_pictures(self._val, detections, self._experiment.eval.num_pictures)
+        for name, image in pictures.items():
+            self._tracker.log_picture(f"validation/{as_key(name)}", step, image)
+            try:
+                (self._folder / PICTURES).write(f"{name}.png", png(image))
+            except UserError as error:  # a picture is no reason to end a run
+                self._warn(str(error))
 
     def save_if_due(self, engine: Engine, *, epoch_end: bool) -> None:
         """Make a checkpoint at the end of an epoch, and every so many steps."""
@@ -255,9 +275,10 @@ class Leader:
         left = self._close(_CLOSE_TIMEOUT_S)
         if left:
             self._folder.write(UNSENT, json.dumps(left).encode())
+        if left or self._tracker.unsent_files():
             self._warn(
-                f"{len(left)} metric values did not reach {self._tracking}; they are sent when the same command runs "
-                "again"
+                f"{len(left)} metric values and {self._tracker.unsent_files()} pictures and files did not reach "
+                f"{self._tracking}; they are sent when the same command runs again"
             )
 
     def abandon(self) -> None:
@@ -310,20 +331,6 @@ class Leader:
         return lambda: min(room_for(each, labels), scale.workers.max - world)
 
 
-def validation_pictures(dataset: CocoDataset, evaluation: Evaluation, num: int) -> dict[str, Image]:
-    """Pictures of `num` fixed images, spread over the set: ground truth and every head side by side."""
-    pictures = {}
-    for index in sorted({int(i) for i in np.linspace(0, len(dataset.images) - 1, num)}) if num else ():
-        record = dataset.images[index]
-        panels = [Panel("ground truth", record.boxes, record.labels)]
-        for head, rows in evaluation.detections.items():
-            found = detections_of(rows, record.id, dataset.category_ids)
-            panels.append(Panel(head, found["boxes"], found["labels"], found["scores"]))
-        pixels = read_record(record).permute(1, 2, 0).numpy()
-        pictures[record.path.stem] = side_by_side(pixels, panels, dataset.classes)
-    return pictures
-
-
 def content_of(splits: Splits) -> dict[str, str | None]:
     """The content hash of each set."""
     return {part: getattr(splits, part).content for part in PARTS}
@@ -332,12 +339,6 @@ def content_of(splits: Splits) -> dict[str, str | None]:
 def _named(notice: Notice) -> str:
     nodes = ", ".join(node[:8] for node in notice.nodes)
     return f"node{'s' if len(notice.nodes) > 1 else ''} {nodes}"
-
-
-def _png(image: Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _key(metric: str) -> str:

@@ -22,7 +22,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -104,30 +104,27 @@ class Lease:
 
     Attributes:
         before: who held it last and did not give it back: a driver that died.
-        lost: who has it instead, once another driver has taken it.
+        lost: who has it instead, once another driver has taken it. This one must stop.
     """
 
-    def __init__(
-        self, storage: Storage, mine: Holder, before: Holder | None, on_lost: Callable[[Holder], None]
-    ) -> None:
+    def __init__(self, storage: Storage, mine: Holder, before: Holder | None) -> None:
         self.before = before
         self.lost: Holder | None = None
         self._storage = storage
         self._mine = mine
-        self._on_lost = on_lost
         self._facts = (0, 0.0)
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
 
     @classmethod
-    def take(cls, storage: Storage, name: str, on_lost: Callable[[Holder], None] = lambda _: None) -> Lease:
+    def take(cls, storage: Storage, name: str, *, kind: str = "run") -> Lease:
         """Become the driver of a run, and stay it until the lease is released.
 
         Args:
             storage: the run's folder; made if missing.
             name: of the run, for messages.
-            on_lost: called once, from another thread, when another driver has taken the lease. This one must stop.
+            kind: what it is, likewise: a run, or a search.
 
         Raises:
             UserError: another driver that is alive has it, or the folder cannot be written.
@@ -139,7 +136,7 @@ class Lease:
             with _alone(storage) as alone:
                 before = last_holder(storage)
                 if before is not None and before.is_alive():
-                    raise UserError(_refusal(name, before, storage))
+                    raise UserError(_refusal(f"{kind} {name}", before, storage))
                 _write(storage, mine)
         except OSError as error:
             raise UserError(f"{storage.where(LEASE)}: cannot be written: {error}") from error
@@ -147,8 +144,8 @@ class Lease:
             time.sleep(SETTLE_S)
             winner = last_holder(storage)
             if winner is not None and winner.owner != mine.owner:
-                raise UserError(_refusal(name, winner, storage))
-        return cls(storage, mine, before, on_lost)
+                raise UserError(_refusal(f"{kind} {name}", winner, storage))
+        return cls(storage, mine, before)
 
     def __enter__(self) -> Lease:
         return self
@@ -186,7 +183,6 @@ class Lease:
             failing = False
             if other is not None:
                 self.lost = other
-                self._on_lost(other)
                 return
 
     def _beat(self) -> Holder | None:
@@ -243,7 +239,7 @@ def _refusal(name: str, other: Holder, storage: Storage) -> str:
             f"heard of, or at once when {storage.where(LEASE)} is removed"
         )
     return (
-        f"run {name}: {other} trains it since {_clock(other.since)}, last heard of {age:.0f} s ago; "
+        f"{name}: {other} drives it since {_clock(other.since)}, last heard of {age:.0f} s ago; "
         f"expected no other driver: {advice}"
     )
 

@@ -14,6 +14,9 @@ PALETTE = (
 )
 """Classes take these colours in order, again from the start when there are more."""
 
+MIN_SCORE = 0.3
+"""Detections below it are not looked at, in pictures and in tables of what was found."""
+
 _MIN_WIDTH = 320
 _MAX_WIDTH = 640
 _GAP = 4
@@ -37,7 +40,7 @@ class Panel(NamedTuple):
 
 
 def side_by_side(
-    image: npt.NDArray[np.uint8], panels: Sequence[Panel], classes: Sequence[str], min_score: float = 0.3
+    image: npt.NDArray[np.uint8], panels: Sequence[Panel], classes: Sequence[str], min_score: float = MIN_SCORE
 ) -> Image.Image:
     """Draw each panel's boxes over a copy of the image, the copies in one row.
 

@@ -1,23 +1,34 @@
-"""Images in, detections and pictures out, by the deployed path of a trained run."""
+"""Image files in, detections and pictures out, by the deployed path of a trained detector."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from mimicdet.interface import Detector
+from mimicdet.interface import Detections, Detector
 from mimiclab.build import build_detector
 from mimiclab.data.dataset import read_image
 from mimiclab.data.limits import IMAGE_SUFFIXES
-from mimiclab.data.transforms import resize, resized_size
+from mimiclab.data.results import CocoIds
+from mimiclab.deployed import Deployed
 from mimiclab.errors import UserError
 from mimiclab.pictures import Panel, side_by_side
 from mimiclab.runs import Run
 from mimiclab.schema import Experiment
+from mimiclab.storage import Storage
+
+DETECTIONS, COCO_RESULTS = "detections.json", "coco_results.json"
+
+# Images that are read, looked at and drawn together.
+_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,15 @@ class Detection:
     label: str
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What became of each image."""
+
+    found: dict[Path, list[Detection]] = field(default_factory=dict)
+    skipped: dict[Path, str] = field(default_factory=dict)
+    """Of each image that cannot be read, why."""
+
+
 def load_detector(run: Run, experiment: Experiment) -> Detector:
     """The detector of a run with its best weights, in evaluation mode."""
     detector = build_detector(experiment.model, run.classes, pretrained=False)
@@ -37,8 +57,18 @@ def load_detector(run: Run, experiment: Experiment) -> Detector:
     return detector.eval()
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Image files among the paths, and those in folders among them.
+def load_deployed(run: Run) -> Deployed:
+    """A run's best weights as they are deployed; see `load_detector`."""
+    experiment = run.located()
+    return Deployed(load_detector(run, experiment), run.classes, experiment.data.resize)
+
+
+def find_images(paths: Sequence[Path], leave_out: Path | None = None) -> list[Path]:
+    """Image files among the paths, and those in folders among them, at any depth.
+
+    Args:
+        paths: Files, whatever they are called, and folders.
+        leave_out: Folder whose images are not taken when one of the folders holds it: that of an earlier answer.
 
     Raises:
         UserError: a path does not exist, or there is no image at all.
@@ -46,7 +76,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found += sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            found += sorted(_images_below(path, leave_out))
         elif path.is_file():
             found.append(path)
         else:
@@ -58,27 +88,42 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def _images_below(folder: Path, leave_out: Path | None) -> Iterator[Path]:
+    answers = leave_out and leave_out.resolve()
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+            parents = path.resolve().parents
+            if answers is None or answers not in parents or answers in (folder.resolve(), *folder.resolve().parents):
+                yield path
+
+
 def predict(
-    run: Run, images: Sequence[Path], save: Path, *, min_score: float, done: Callable[[], object]
-) -> dict[Path, list[Detection]]:
-    """Detect objects in image files, one at a time.
+    model: Deployed,
+    images: Sequence[Path],
+    save: Path,
+    *,
+    min_score: float,
+    ids: CocoIds | None = None,
+    done: Callable[[], object] = lambda: None,
+    warn: Callable[[str], object] = lambda _: None,
+) -> Predictions:
+    """Detect objects in image files, and draw them.
+
+    Every file is written aside and renamed when it is whole, those of all images after the last image: who stops
+    earlier has pictures, and the other files as they were.
 
     Args:
-        run: its best weights are used.
-        images: files to read.
-        save: folder for a picture of each image and one `detections.json`; made when missing.
+        model: what detects.
+        images: files to read; one that cannot be is left out.
+        save: folder for a picture of each image and `detections.json`; made when missing.
         min_score: detections below are left out.
+        ids: with them, `coco_results.json` has all detections, whatever their score: scorers need them.
         done: called after each image.
+        warn: gets a line for each image that is left out.
 
     Raises:
-        UserError: an image cannot be read, the folder cannot be made, or a picture would replace an image.
+        UserError: the folder cannot be made or written, or a picture would replace an image.
     """
-    experiment = run.located()
-    detector = load_detector(run, experiment)
-    try:
-        save.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--save {save}: cannot be made: {error.strerror}") from error
     names = _picture_names(images)
     inputs = {path.resolve() for path in images}
     for path, name in names.items():
@@ -86,27 +131,60 @@ def predict(
             raise UserError(
                 f"--save {save}: the picture of {path} would replace an image there, expected another folder"
             )
-    results: dict[Path, list[Detection]] = {}
-    for path in images:
-        pixels = read_image(path)
-        height, width = pixels.shape[1:]
-        size = resized_size(width, height, experiment.data.resize.short, experiment.data.resize.long)
-        resized, _ = resize(pixels, torch.zeros(0, 4), size)
-        found = detector([resized])[0]
-        kept = found["scores"] >= min_score
-        # Multiplied before divided: a box that ends at the border still ends exactly there.
-        boxes = found["boxes"][kept] * torch.tensor([width, height]).repeat(2) / torch.tensor(size).repeat(2)
-        scores, labels = found["scores"][kept], found["labels"][kept]
-        results[path] = [
-            Detection((x1, y1, x2, y2), score, run.classes[label])
-            for (x1, y1, x2, y2), score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)
-        ]
-        panel = Panel(path.name, boxes.numpy(), labels.numpy(), scores.numpy())
-        picture = side_by_side(pixels.permute(1, 2, 0).numpy(), [panel], run.classes, min_score=min_score)
-        picture.save(save / names[path])
+    try:
+        save.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--save {save}: cannot be made: {error.strerror}") from error
+    folder = Storage(save.absolute())
+    model.detector.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def draw(path: Path, pixels: Tensor, found: Detections) -> None:
+        panel = Panel(path.name, found["boxes"].numpy(), found["labels"].numpy(), found["scores"].numpy())
+        picture = side_by_side(pixels.permute(1, 2, 0).numpy(), [panel], model.classes, min_score=min_score)
+        encoded = BytesIO()
+        picture.save(encoded, "PNG")
+        folder.write(names[path], encoded.getbuffer())
         done()
-    (save / "detections.json").write_text(json.dumps(dict(_records(results)), indent=1))
-    return results
+
+    predictions, results = Predictions(), []
+    with ThreadPoolExecutor(min(_BATCH, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(images), _BATCH):
+            paths, batch = images[start : start + _BATCH], dict[Path, Tensor]()
+            for path, pixels in zip(paths, pool.map(_read, paths), strict=True):
+                if isinstance(pixels, Tensor):
+                    batch[path] = pixels
+                else:
+                    predictions.skipped[path] = pixels
+                    warn(f"left out: {pixels}")
+                    done()
+            answers = model.detect(list(batch.values()))
+            for path, found in zip(batch, answers, strict=True):
+                predictions.found[path] = _listed(found, model.classes, min_score)
+                if ids is not None:
+                    results += ids.results(path, found)
+            list(pool.map(draw, batch, batch.values(), answers))
+    records = {str(path): [asdict(each) for each in found] for path, found in predictions.found.items()}
+    folder.write(DETECTIONS, json.dumps(records, indent=1).encode())
+    if ids is not None:
+        folder.write(COCO_RESULTS, json.dumps(results).encode())
+    return predictions
+
+
+def _read(path: Path) -> Tensor | str:
+    """The pixels of an image file, or why it has none."""
+    try:
+        return read_image(path)
+    except UserError as error:
+        return str(error)
+
+
+def _listed(found: Detections, classes: Sequence[str], min_score: float) -> list[Detection]:
+    rows = zip(found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True)
+    return [
+        Detection((x1, y1, x2, y2), score, classes[label])
+        for (x1, y1, x2, y2), score, label in rows
+        if score >= min_score
+    ]
 
 
 def _picture_names(images: Sequence[Path]) -> dict[Path, str]:
@@ -120,11 +198,3 @@ def _picture_names(images: Sequence[Path]) -> dict[Path, str]:
         taken.add(name)
         names[path] = name
     return names
-
-
-def _records(results: dict[Path, list[Detection]]) -> Iterator[tuple[str, object]]:
-    for path, detections in results.items():
-        yield (
-            str(path),
-            [{"box": list(d.box), "score": d.score, "label": d.label} for d in detections],
-        )

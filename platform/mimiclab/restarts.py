@@ -8,6 +8,7 @@ nothing heavy.
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, Literal
 from ray.exceptions import RayActorError
 from ray.train import UserCallback
 
-from mimiclab.errors import NoRetryError, UserError
+from mimiclab.errors import NoRetryError, PreemptedError, UserError
 from mimiclab.inbox import Facts, Inbox
 from mimiclab.preemption import LeavingError, draining_nodes
 from mimiclab.storage import StoreError
@@ -26,6 +27,9 @@ Why = Literal["preemption", "node lost", "crash", "growth"]
 _FIRST_PAUSE_S = 2.0
 _MAX_PAUSE_S = 60.0
 _CONNECT_S = 2.0
+# Ray takes a node for dead after 15 to 65 s (see nodes.py), a drained one from its deadline on.
+_LONGEST_DEATH_S = 300.0
+_LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Restarts(UserCallback):  # type: ignore[misc]
         self._num = {"crash": 0, "preemption": 0}
         self._saved = -1
 
-    def after_exception(self, run_context: object, worker_exceptions: Mapping[int, BaseException]) -> None:
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
         """Called by Ray once for each failure of the workers.
 
         Raises:
@@ -64,12 +68,14 @@ class Restarts(UserCallback):  # type: ignore[misc]
                 raise error
         facts = self._inbox.facts()
         self.count(diagnose(worker_exceptions, facts.nodes), facts)
+        if run_context.scaling_config.elasticity_enabled:
+            _replan(run_context.run_id, facts.nodes)
 
     def count(self, failure: Failure, facts: Facts) -> None:
         """Tell of a failure and count it; after crashes in a row, wait.
 
         Raises:
-            NoRetryError: a budget is used up.
+            NoRetryError: a budget is used up; a PreemptedError where that is the one of preemptions.
         """
         self._inbox.tell("failure", why=failure.why, reason=failure.reason)
         if failure.why == "growth":
@@ -82,7 +88,7 @@ class Restarts(UserCallback):  # type: ignore[misc]
         limit = self._max[kind]
         if limit is not None and self._num[kind] > limit:
             what = "crashed in a row, without a new checkpoint" if kind == "crash" else "were taken their machines"
-            raise NoRetryError(
+            raise (NoRetryError if kind == "crash" else PreemptedError)(
                 f"scale.max_{'crashes' if kind == 'crash' else 'preemptions'}: {limit}, and the workers {what} "
                 f"{self._num[kind]} times; the last time: {failure.reason}"
             )
@@ -136,6 +142,35 @@ def _lost(nodes: tuple[str, ...]) -> Iterator[str]:
             socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), _CONNECT_S).close()
         except OSError:
             yield node_id
+
+
+def _replan(run_id: str, nodes: tuple[str, ...]) -> None:
+    """Have Ray look at the cluster's nodes now, and again whenever it has found one of the run's own to be dead.
+
+    The number of workers of an elastic run is that which fits on the nodes that Ray has set aside for it. By itself
+    Ray looks every 20 s which nodes there are: until then it waits for workers on one that it knows to be dead, or
+    does without one that is new.
+    """
+    import ray
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as ray_module
+
+    coordinator = ray_module.get_or_create_autoscaling_coordinator()
+
+    def look() -> None:
+        coordinator.get_reserved_resources.remote(f"train-{run_id}", recompute=True)
+
+    def look_at_deaths() -> None:
+        going = set(nodes) & {*draining_nodes(), *_lost(nodes)}
+        deadline = time.monotonic() + _LONGEST_DEATH_S
+        while going and time.monotonic() < deadline:
+            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            if going - alive:
+                look()
+            going &= alive
+            time.sleep(_LOOK_S)
+
+    look()  # before the controller asks for the number, which comes next
+    threading.Thread(target=look_at_deaths, daemon=True).start()
 
 
 def _named(nodes: list[str]) -> str:

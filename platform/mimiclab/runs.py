@@ -6,7 +6,9 @@
     progress.jsonl    what happened, a line an event
     checkpoints/      see checkpoint.py
     pictures/         of the last evaluation
+    detections.parquet  of the best one, see detections.py
     unsent.json       metric values that the tracking server did not take, if any
+    unsent/           pictures and files that it did not take, if any
     .lease.json       who trains it now, see lease.py
 
 <storage> is a folder or any URI that pyarrow.fs knows.
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 Status = Literal["running", "finished", "failed", "killed"]
 
 RUN, EXPERIMENT = "run.json", "experiment.yaml"
-CHECKPOINTS, PICTURES, UNSENT = "checkpoints", "pictures", "unsent.json"
+CHECKPOINTS, PICTURES, UNSENT, UNSENT_FILES = "checkpoints", "pictures", "unsent.json", "unsent"
 
 
 @dataclass(frozen=True)

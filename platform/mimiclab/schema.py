@@ -28,11 +28,13 @@ from pydantic_core import InitErrorDetails
 
 from mimicdet.config import ModelConfig
 from mimiclab.optim import OptimConfig
+from mimiclab.search.metric import check_metric
 from mimiclab.search.space import check_distribution, grid, mistakes_between, with_dotted_keys
 
 Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Distribution = Annotated[dict[str, Any], PlainValidator(check_distribution)]
+Metric = Annotated[str | dict[str, float], PlainValidator(check_metric)]
 
 
 class _Section(BaseModel):
@@ -282,6 +284,8 @@ class WhereConfig(_Section):
     """MLflow's tracking URI."""
     project: Text = "mimiclab"
     """Name of the MLflow experiment that runs are listed under."""
+    system_metrics_s: Annotated[float, Field(gt=0)] | None = 10.0
+    """Seconds between samples of how busy each machine is: CPU, memory, disk, network, GPUs; null for none."""
 
     @field_validator("storage")
     @classmethod
@@ -297,21 +301,33 @@ class WhereConfig(_Section):
 class SearchConfig(_Section):
     """A search by asynchronous successive halving (ASHA) over some keys of the same file."""
 
-    metric: Text = "student/AP"
-    """What trials are compared by; any metric of an evaluation."""
+    metric: Metric = "student/AP"
+    """What trials are compared by: any metric of an evaluation, or a sum of several with weights, as in
+    {student/AP: 1, student/latency_ms: -0.002}."""
     mode: Literal["max", "min"] = "max"
-    algorithm: Literal["random", "grid"] = "random"
-    """grid tries every combination of a space of choices, the last key's values in turn first."""
+    algorithm: Literal["random", "grid", "optuna"] = "random"
+    """grid tries every combination of a space of choices, the last key's values in turn first; optuna, an extra,
+    proposes each trial from the results so far, by its tree-structured Parzen estimator."""
     trials: PositiveInt | None = None
     """Null is 16, or all of a grid; fewer are the first ones of it. More may be added to a search that was run."""
+    seeds_per_trial: Annotated[int, Field(ge=1, le=100)] = 1
+    """Trials that are not pruned are trained again with the seeds that follow, to so many, and rank by the mean."""
+    budget: Annotated[float, Field(gt=0)] | None = None
+    """GPU-hours, or core-hours where trials use no GPU, after which no trial goes on; null for any amount. It may be
+    raised for a search that was run."""
+    unit: Literal["epochs", "steps"] = "epochs"
+    """What max_t and grace_period count. A trial's results come at its evaluations all the same."""
     max_t: PositiveInt | None = None
-    """Epochs of a trial that is not pruned, its schedule included; null is optim.epochs."""
+    """How long a trial is that is not pruned, its schedule included: it ends with the first epoch that reaches this;
+    null is optim.epochs."""
     grace_period: PositiveInt = 1
-    """Epochs that every trial is given."""
+    """How long every trial is at least."""
     reduction_factor: Annotated[int, Field(ge=2)] = 2
     """A trial is compared at grace_period times each power of this; about one in so many goes on."""
     max_concurrent: int | Literal["auto"] = "auto"
     """Trials at a time; auto is as many as the cluster holds."""
+    workers_per_trial: PositiveInt | None = None
+    """Workers of each trial; null is scale.workers."""
     space: dict[str, Distribution]
     """Dotted keys, each with one of `uniform: [low, high]`, `loguniform: [low, high]`, `normal: [mean, sd]` (within
     three sd), `int: [low, high]` (both included) and `choice: [...]`. With `when: {other.key: [values]}` a key is
@@ -345,18 +361,32 @@ class SearchConfig(_Section):
             )
         return self
 
-    def check_epochs(self, epochs: int) -> None:
-        """Raise a ValueError if trials would train for longer than `optim.epochs`, or not up to their first rung."""
-        if self.max_t is not None and self.max_t > epochs:
+    def check_against(self, epochs: int, global_batch: int) -> None:
+        """Make sure that trials are no longer than `optim.epochs`, reach their first rung, and feed their workers.
+
+        Of what is counted in steps, only the data can tell how many an epoch has.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if self.unit == "epochs" and self.max_t is not None and self.max_t > epochs:
             raise ValueError(
                 "search.max_t must not be above optim.epochs, found search.max_t "
                 f"{self.max_t} and optim.epochs {epochs}"
             )
-        name, most = ("optim.epochs", epochs) if self.max_t is None else ("search.max_t", self.max_t)
-        if self.grace_period > most:
+        name, most = ("search.max_t", self.max_t)
+        if most is None and self.unit == "epochs":
+            name, most = "optim.epochs", epochs
+        if most is not None and self.grace_period > most:
             raise ValueError(
                 f"search.grace_period must not be above {name}, found search.grace_period "
                 f"{self.grace_period} and {name} {most}"
+            )
+        if self.workers_per_trial is not None and self.workers_per_trial > global_batch:
+            raise ValueError(
+                "every worker needs an image of each step: optim.global_batch must be at least "
+                f"search.workers_per_trial, found optim.global_batch {global_batch} and search.workers_per_trial "
+                f"{self.workers_per_trial}"
             )
 
 
@@ -414,7 +444,7 @@ class Experiment(_Section):
                 "round boxes to it, several pixels in a large image; expected fp32"
             )
         if self.search:
-            self.search.check_epochs(self.optim.epochs)
+            self.search.check_against(self.optim.epochs, self.optim.global_batch)
         return self
 
 

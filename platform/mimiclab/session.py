@@ -29,6 +29,9 @@ ENVIRONMENT = {
 }
 """Ray's settings; what the user has set in the environment comes first."""
 
+_SAID_ALREADY = "A worker died or was killed|has been marked dead because"
+"""What Ray prints of dead workers and nodes, in paragraphs, whatever `log_to_driver` is; a run says it in a line."""
+
 _CONNECT_TIMEOUT_S = 5.0
 
 
@@ -50,6 +53,8 @@ def ray_session(address: str | None, scale: ScaleConfig, *, verbose: bool, state
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if not verbose:
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _SAID_ALREADY)
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
         running_at(address)
@@ -104,7 +109,13 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
 
 def resources_per_worker(scale: ScaleConfig) -> dict[str, float]:
     """What one worker asks Ray for."""
-    return {"CPU": scale.threads, **({"GPU": 1} if scale.gpu else {})}
+    asked: dict[str, float] = {"CPU": scale.threads}
+    if scale.gpu:
+        asked["GPU"] = 1
+    if scale.accelerator_type:
+        # A node with such a GPU offers 1 of it, and Ray has each worker ask for so little of that.
+        asked[f"accelerator_type:{scale.accelerator_type}"] = 0.001
+    return asked
 
 
 def check_resources(found: dict[str, float], scale: ScaleConfig) -> None:

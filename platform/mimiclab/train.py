@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from mimiclab import runs
 from mimiclab.books import Books
 from mimiclab.errors import UserError
 from mimiclab.experiment import flatten, identity, resolved_yaml
-from mimiclab.fit import fit
+from mimiclab.fit import Fit, fit
 from mimiclab.lease import Lease
 from mimiclab.ledger import Ledger
 from mimiclab.reaper import reap
@@ -28,8 +27,6 @@ from mimiclab.storage import MissingError
 from mimiclab.tracking import runs as tracking
 
 if TYPE_CHECKING:
-    from ray.train import UserCallback
-
     from mimiclab.data.splits import Splits
 
 # Sets of up to so many images are decoded before workers start, which takes seconds; in larger ones a damaged
@@ -52,8 +49,8 @@ def train(
     fresh: bool = False,
     verbose: bool = False,
     tags: Mapping[str, str] | None = None,
-    callbacks: Sequence[UserCallback] = (),
     splits: Splits | None = None,
+    fit: Fit = fit,
 ) -> Run:
     """Train an experiment to its end, from its last checkpoint where it was begun before.
 
@@ -64,8 +61,8 @@ def train(
         fresh: remove an earlier run of this name first.
         verbose: let Ray talk.
         tags: more tags of the MLflow run, as the parent that it is shown under.
-        callbacks: of Ray Train; they hear of every evaluation.
         splits: what `check` gave for this experiment, or for one that differs in name and seed only.
+        fit: runs the workers; Ray Train does it by default.
 
     Raises:
         UserError: anything that the user can mend, found before a worker starts wherever possible.
@@ -93,7 +90,7 @@ def train(
         with Lease.take(runs.storage_of(experiment), experiment.name) as lease:
             _reap(experiment, console)
             run = _open(experiment, splits, uri, fresh=fresh, tags=tags or {})
-            return _train(run, experiment, job, lease, console, callbacks)
+            return _train(run, experiment, job, lease, console, fit)
 
 
 def _open(experiment: Experiment, splits: Splits, uri: str, *, fresh: bool, tags: Mapping[str, str]) -> Run:
@@ -129,7 +126,7 @@ def _train(
     job: Mapping[str, Any],
     lease: Lease,
     console: Console,
-    callbacks: Sequence[UserCallback],
+    fit: Fit,
 ) -> Run:
     """Have workers train, keep the books of it, and record how it ended."""
     ledger = Ledger.from_record(run.ledger)
@@ -139,7 +136,7 @@ def _train(
         with Books(ledger, lease, run, console) as books:
             console.print(f"starting {experiment.scale.workers} workers", highlight=False)
             # Closed before anything is concluded: workers may write until then.
-            with contextlib.closing(fit(experiment, {**job, **place}, run.storage, callbacks)) as events:
+            with contextlib.closing(fit(experiment, {**job, **place}, run.storage)) as events:
                 for event in events:
                     books.enter(event)
         status = "finished"
@@ -234,13 +231,14 @@ def _conclude(run: Run, ledger: Ledger, console: Console) -> None:
         rows = ledger.rows()
         with contextlib.suppress(MissingError):
             rows += [Row(*row) for row in json.loads(run.storage.read(runs.UNSENT))]
-        left = MlflowTracker(run.tracking, run.mlflow_run_id, rows).close(_SEND_TIMEOUT_S)
-        if left:
-            raise ConnectionError(f"{len(left)} metric values did not reach it")
+        tracker = MlflowTracker(run.tracking, run.mlflow_run_id, rows, spool=run.storage / runs.UNSENT_FILES)
+        left = tracker.close(_SEND_TIMEOUT_S)
+        if left or tracker.unsent_files():
+            raise ConnectionError(f"{len(left)} metric values and {tracker.unsent_files()} files did not reach it")
         run.storage.delete(runs.UNSENT)
         tracking.set_tags(run.tracking, run.mlflow_run_id, ledger.tags())
         if run.status == "finished":
-            _send_weights(run, warn)
+            _log_model(run, warn)
         tracking.end_run(run.tracking, run.mlflow_run_id, status[run.status])
         replace(run, recorded=True).write()
     except UserError as error:
@@ -250,18 +248,14 @@ def _conclude(run: Run, ledger: Ledger, console: Console) -> None:
         warn(f"{run.tracking} did not take the end of the run ({reason}); the same command tells it again")
 
 
-def _send_weights(run: Run, warn: Callable[[str], None]) -> None:
-    """Keep the best weights with the run in MLflow."""
-    from mimiclab.checkpoint import WEIGHTS
+def _log_model(run: Run, warn: Callable[[str], None]) -> None:
+    """Keep the best weights with the run in MLflow, as a model."""
+    from mimiclab.tracking.models import log_model
 
-    with tempfile.TemporaryDirectory(prefix="mimiclab-") as folder:
-        file = Path(folder) / WEIGHTS
-        try:
-            run.best().write_weights(file)
-        except UserError as error:  # a run whose best checkpoint is damaged has come to its end all the same
-            warn(str(error))
-            return
-        tracking.log_file(run.tracking, run.mlflow_run_id, file, "weights")
+    try:
+        log_model(run)
+    except UserError as error:  # a run whose best checkpoint is damaged has come to its end all the same
+        warn(str(error))
 
 
 def _located(experiment: Experiment) -> Experiment:

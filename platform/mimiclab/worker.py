@@ -1,16 +1,14 @@
-"""What every Ray Train worker runs: the loop over global steps."""
+"""What every worker runs: the loop over global steps."""
 
 from __future__ import annotations
 
+import socket
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import ray
-import ray.train
-import ray.train.torch
 import torch
 import torch.distributed as dist
 
@@ -26,9 +24,8 @@ from mimiclab.inbox import Inbox
 from mimiclab.leader import Leader, content_of
 from mimiclab.preemption import LeavingError
 from mimiclab.schema import DataConfig, Experiment
-
-PLACEMENT_GROUP = "placement_group"
-"""In every report: the hex id of what Ray reserved for the workers."""
+from mimiclab.seat import LAST, Seat
+from mimiclab.system import SystemMonitor
 
 Value = TypeVar("Value")
 
@@ -48,30 +45,27 @@ class Job:
     inbox: Inbox
 
 
-def work(job: Job) -> None:
+def work(job: Job, seat: Seat) -> None:
     """Train from the newest checkpoint to the end of the run; called on every rank."""
     try:
-        _Worker(job).run()
+        _Worker(job, seat).run()
     except (UserError, LeavingError):
         raise
     except Exception:
         # Of what a worker raises Ray keeps the traceback to itself until all is over.
-        rank = ray.train.get_context().get_world_rank()
-        job.inbox.tell("traceback", rank=rank, text=traceback.format_exc())
+        job.inbox.tell("traceback", rank=seat.rank, text=traceback.format_exc())
         raise
 
 
 class _Worker:
     """One rank, for one attempt."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, seat: Seat) -> None:
         """Build everything, as the newest checkpoint has it."""
-        job.inbox.enlist()
         self.experiment = experiment = Experiment.model_validate_json(job.experiment)
-        context = ray.train.get_context()
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.seat, self.rank, self.world = seat, seat.rank, seat.world
         torch.set_num_threads(experiment.scale.threads)
-        self.device = ray.train.torch.get_device() if experiment.scale.gpu else torch.device("cpu")
+        self.device = torch.device(seat.device)
         self.splits = read_splits(DataConfig.model_validate_json(job.data))
         self.leader: Leader | None = None
         if self.rank == 0:
@@ -92,13 +86,19 @@ class _Worker:
         if newest is not None:
             _check_resumable(newest, self.splits)
             self.engine.load_state_dict(newest.state(), newest.weights())
+        self.before: Mapping[str, Any] = newest.meta if newest else {}
         epochs = range(1, experiment.optim.epochs + 1)
         self.epoch_ends = {self.batches.order.epoch_end_step(epoch): epoch for epoch in epochs}
-        nodes: list[Any] = [ray.get_runtime_context().get_node_id()] * self.world
+        places: list[Any] = [(seat.node, socket.gethostname())] * self.world
         if self.world > 1:
-            dist.all_gather_object(nodes, nodes[0])
+            dist.all_gather_object(places, places[0])
+        nodes, hosts = zip(*places, strict=True)
         if self.leader:
             self.leader.start(self.engine, newest, nodes)
+        self.monitor: SystemMonitor | None = None
+        if hosts.index(hosts[self.rank]) == self.rank:  # one for each machine
+            every_s = experiment.where.system_metrics_s
+            self.monitor = SystemMonitor.start(job.tracking, job.mlflow_run_id, every_s, self.device)
 
     def run(self) -> None:
         """Train and evaluate to the end."""
@@ -111,6 +111,9 @@ class _Worker:
             pin=self.device.type == "cuda",
         )
         try:
+            # The attempt before may have been killed between its last evaluation's checkpoint and the report.
+            if (step := self.before.get("evaluated")) in self.epoch_ends:
+                self._report(step, self.before["metrics"], last=self.before.get("stopped", False))
             # What a notice saved in an evaluation is still to be evaluated.
             self._evaluate_if_due()
             if not self._stops():
@@ -121,12 +124,16 @@ class _Worker:
             if self.leader:
                 self.leader.abandon()
             raise
+        finally:
+            if self.monitor:
+                self.monitor.close()
 
     def _train(self, loader: Iterable[Batch]) -> None:
         engine, leader = self.engine, self.leader
         signal = leader.signal(engine) if leader else 0.0
         asked = time.perf_counter()
         for batch in loader:
+            self.seat.heed()
             started = time.perf_counter()
             means = engine.train_step(_to(batch, self.device), signal)
             now = time.perf_counter()
@@ -164,15 +171,23 @@ class _Worker:
             config,
             rank=self.rank,
             world=self.world,
-            between=lambda: leader.heed(engine) if leader else None,
+            between=self._between,
         )
         if leader and evaluation:
             leader.log_evaluation(engine, epoch, evaluation, seconds=time.perf_counter() - started)
             leader.save(engine)
-        # A barrier over all ranks, so at evaluations only; it feeds searches, not the checkpoint.
-        reached = {"epoch": epoch, "step": engine.step, PLACEMENT_GROUP: _placement_group()}
-        ray.train.report({**reached, **(evaluation.metrics if evaluation else {})})
+        self._report(engine.step, evaluation.metrics if evaluation else {}, last=bool(leader and leader.stops_early))
         return True
+
+    def _report(self, step: int, metrics: Mapping[str, float], *, last: bool) -> None:
+        """Tell of an evaluation. A barrier over all ranks, so at evaluations only; it is for searches."""
+        self.seat.report({"epoch": self.epoch_ends[step], "step": step, LAST: last, **metrics})
+
+    def _between(self) -> None:
+        """Between two batches of an evaluation, which may be long."""
+        self.seat.heed()
+        if self.leader:
+            self.leader.heed(self.engine)
 
     def _stops(self) -> bool:
         """Whether training ends before its time."""
@@ -187,14 +202,6 @@ class _Worker:
         choice = [value]
         dist.broadcast_object_list(choice)
         return choice[0]
-
-
-def _placement_group() -> str | None:
-    """Hex id of what Ray reserved for the workers; None in local mode."""
-    if not ray.is_initialized():
-        return None
-    group = ray.util.get_current_placement_group()
-    return group.id.hex() if group else None
 
 
 def _check_resumable(newest: Checkpoint, splits: Splits) -> None:

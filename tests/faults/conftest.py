@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from buckets import CREDENTIALS
 from tinyruns import quiet, tiny
 
 from mimiclab.runs import Run
@@ -18,9 +19,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    # What workers inherit, too; the server of the tests takes any.
-    secrets = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
-    os.environ.update({**ENVIRONMENT, **secrets})
+    os.environ.update({**ENVIRONMENT, **CREDENTIALS})  # which workers inherit
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")

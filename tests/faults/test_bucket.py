@@ -1,11 +1,10 @@
 """A run whose storage speaks S3's protocol, from its start over a death to its end."""
 
-import http.client
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from moto.server import ThreadedMotoServer
+from buckets import bucket_server
 from tinyruns import assert_same, quiet, said, tiny, workers
 
 from mimiclab import runs
@@ -17,14 +16,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.server]
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """URI of a folder in a bucket that lives as long as the server."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    connection = http.client.HTTPConnection(host, port)
-    connection.request("PUT", "/tests")
-    assert connection.getresponse().status == 200
-    yield f"s3://tests/place?endpoint_override={host}:{port}&scheme=http"
-    server.stop()
+    with bucket_server("tests") as address:
+        yield f"s3://tests/place?endpoint_override={address}&scheme=http"
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -14,7 +14,7 @@ from tinyruns import NUM_STEPS, TINY, assert_same, at_step, history, workers
 
 from mimiclab import runs
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 
 def command(verb: str, file: Path) -> list[str]:
@@ -47,7 +47,7 @@ def test_the_same_command_goes_on_after_its_driver_was_killed(
             worker.kill()
 
     meeting = at_step(folder, 7, meet_and_kill)
-    process.communicate(timeout=400)
+    process.communicate(timeout=900)
     meeting.join(timeout=30)
     assert refused[0].returncode == 2, refused[0].stdout + refused[0].stderr
     assert f"run orphan: process {process.pid} on " in refused[0].stderr
@@ -58,7 +58,7 @@ def test_the_same_command_goes_on_after_its_driver_was_killed(
     assert orphan is not None
     assert orphan.status == "running"
 
-    done = subprocess.run(command("train", file), cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command("train", file), cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search("training from step [5-9] to step 14", done.stdout)
     run = runs.read(folder)

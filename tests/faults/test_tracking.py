@@ -92,3 +92,10 @@ def test_training_neither_waits_for_the_server_nor_loses_anything_to_it(
     assert MlflowClient(mlflow_server.uri).get_run(run.mlflow_run_id).info.status == "FINISHED"
     assert [step for step, _ in history(run, "train/loss")] == list(range(1, LAST + 1))
     assert [step for step, _ in history(run, "student/AP")] == [5, 10, 14, 19, 24, 28, 33, 38]
+    client = MlflowClient(mlflow_server.uri)
+    pictures = [file.path.split("+") for file in client.list_artifacts(run.mlflow_run_id, "images")]
+    assert {int(parts[2]) for parts in pictures} == {0, 5, 10, 14, 19, 24, 28, 33, 38}
+    assert {"evaluation/errors.png", "evaluation/worst.json"} <= {
+        file.path for file in client.list_artifacts(run.mlflow_run_id, "evaluation")
+    }
+    assert not list((folder / runs.UNSENT_FILES).glob("*"))

@@ -11,13 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 from mlflow import MlflowClient
+from tinyruns import TINY
 
 from mimiclab import runs
 from mimiclab.cluster import state
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
-TINY = (Path(__file__).parent / "tiny.yaml").read_text()
 LONG = ("--set", "name=long", "--set", "optim.epochs=1000")
 
 
@@ -38,7 +38,7 @@ def command(*args: str) -> list[str]:
 
 
 def mimiclab(*args: str) -> tuple[int, str]:
-    done = subprocess.run(command(*args), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+    done = subprocess.run(command(*args), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
     return done.returncode, done.stdout
 
 
@@ -57,7 +57,7 @@ def status_in_mlflow(run: runs.Run) -> str:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -106,7 +106,7 @@ def test_a_training_goes_through_a_cluster(folder: Path) -> None:
     with subprocess.Popen(command(*submit(*LONG, "--follow")), stdout=subprocess.PIPE, text=True) as follower:
         wait_until(lambda: newest_step(long) > 3)
         follower.send_signal(signal.SIGINT)
-        output, _ = follower.communicate(timeout=30)
+        output, _ = follower.communicate(timeout=120)
     assert follower.returncode == 130
     assert "job long goes on" in output
     assert "Traceback" not in output

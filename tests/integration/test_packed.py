@@ -1,13 +1,12 @@
 """Packed data on a real cluster: packing as Ray tasks, and training from it."""
 
-import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
+from tinyruns import TINY, quiet
 
 from mimiclab import checkpoint, runs
 from mimiclab.data import pack as pack_module
@@ -19,12 +18,6 @@ from mimiclab.schema import Experiment
 from mimiclab.train import train
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
-
-TINY = (Path(__file__).parent / "tiny.yaml").read_text()
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=200)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

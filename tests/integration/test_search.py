@@ -1,10 +1,12 @@
-"""A whole search on a real Ray cluster and a real MLflow store, and one that is interrupted twice."""
+"""A whole search on a real Ray cluster and a real MLflow store, one whose processes die, one that is interrupted."""
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from urllib.parse import unquote
@@ -15,11 +17,12 @@ import ray
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from rich.console import Console
+from tinyruns import at_step
 
 from mimiclab import runs
 from mimiclab.errors import UserError
 from mimiclab.experiment import LoadedExperiment, load_experiment
-from mimiclab.lease import Lease
+from mimiclab.lease import Lease, last_holder
 from mimiclab.progress import PROGRESS
 from mimiclab.search.driver import search
 from mimiclab.search.record import RECORD, Record, recompute
@@ -109,7 +112,9 @@ def test_mlflow_shows_the_search_and_its_trials(ranking: list[Trial], client: Ml
     assert parent.data.tags["search.best_trial"] == "trial-00"
     assert "`model.mimic.cls_weight`: loguniform [0.1, 10]" in parent.data.tags["mlflow.note.content"]
     assert "| trial-01 | pruned |" in parent.data.tags["mlflow.note.content"]
-    assert {"experiment.yaml", "best.yaml"} == {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert {"experiment.yaml", "best.yaml", "report"} == {
+        file.path for file in client.list_artifacts(parent.info.run_id)
+    }
 
     assert {name: (run.info.status, run.data.tags["trial.outcome"]) for name, run in children.items()} == {
         "look-trial-00": ("FINISHED", "finished"),
@@ -144,14 +149,6 @@ def test_a_pruned_trial_has_its_whole_history(ranking: list[Trial], client: Mlfl
     assert len(losses) == len(set(losses))
     evaluated = [m.step for m in client.get_metric_history(pruned, "student/AP")]
     assert evaluated in ([5], [5, 10])  # the second one where training was faster than the stop
-
-
-def test_a_pruned_trial_gives_its_processors_back(ranking: list[Trial]) -> None:
-    """Ray keeps them for the life of the job: a cluster that others use too would fill up with pruned trials."""
-    deadline = time.monotonic() + 30
-    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
-        assert time.monotonic() < deadline, ray.util.placement_group_table()
-        time.sleep(0.5)
 
 
 def test_the_folders_of_the_trials_say_how_they_ended(ranking: list[Trial]) -> None:
@@ -248,9 +245,143 @@ def test_a_metric_that_no_evaluation_reports(root: Path, client: MlflowClient, r
     assert child.data.tags["trial.outcome"] == "killed"
 
 
+EPOCH_ENDS = [5, 10, 14, 19, 24, 28]
+DYING = """
+name: dying
+optim: {epochs: 6}
+scale: {workers: 1, max_crashes: 1}
+search:
+  metric: student/AR100
+  algorithm: grid
+  max_concurrent: 1
+  grace_period: 6
+  space: {model.inference.max_detections: {choice: [100, 99, 98]}}
+"""
+
+
+def kill_driver(folder: Path) -> None:
+    """End the process that drives a run, as a machine that is short of memory does."""
+    holder = last_holder(Storage(folder))
+    assert holder is not None
+    os.kill(holder.pid, signal.SIGKILL)
+
+
+def steps_of(client: MlflowClient, run: Run, key: str) -> list[int]:
+    return [metric.step for metric in client.get_metric_history(run.info.run_id, key)]
+
+
+def attempts(folder: Path) -> list[int]:
+    """The steps that a run was begun from."""
+    lines = (folder / PROGRESS).read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines if '"kind": "attempt"' in line]
+
+
+def told(events: list[dict]) -> list[tuple[str, str]]:
+    """What the record says of the lives of the trials."""
+    kinds = ("started", "retried", "resumed", "ended")
+    return [(event["event"], event["trial"]) for event in events if event["event"] in kinds]
+
+
+def test_a_trial_whose_process_dies_goes_on_and_one_that_always_dies_is_given_up(
+    root: Path, client: MlflowClient, ray_cluster: None
+) -> None:
+    load(root)
+    (root / "dying.yaml").write_text(f"extends: tiny.yaml\n{DYING}")
+    folders = [root / "runs" / f"dying-trial-{number:02d}" for number in range(3)]
+    at_step(folders[0], 7, lambda: kill_driver(folders[0]))
+    over = threading.Event()
+    killed = []
+
+    def kill_each() -> None:
+        while not over.wait(0.01):
+            holder = last_holder(Storage(folders[1])) if folders[1].exists() else None
+            if holder is not None and holder.pid not in killed:
+                killed.append(holder.pid)
+                os.kill(holder.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_each)
+    killer.start()
+    try:
+        ranking = search(load_experiment(root / "dying.yaml"), console=Console(file=io.StringIO(), width=200))
+    finally:
+        over.set()
+        killer.join()
+
+    first, second, third = sorted(ranking, key=lambda trial: trial.number)
+    for trial in (first, third):
+        assert (trial.outcome, [epoch for epoch, _ in trial.evaluations]) == ("finished", [1, 2, 3, 4, 5, 6])
+    assert (second.outcome, second.evaluations) == ("failed", [])
+    assert second.error is not None
+    assert second.error.startswith("scale.max_crashes: 1, and its process died 2 times")
+    assert len(killed) == 2
+    events = Record(Storage(root / "runs" / "dying")).events
+    assert told(events) == [
+        *((event, "trial-00") for event in ("started", "retried", "resumed", "ended")),
+        *((event, "trial-01") for event in ("started", "retried", "resumed", "ended")),
+        *((event, "trial-02") for event in ("started", "ended")),
+    ]
+    start, again = attempts(folders[0])
+    assert (start, again >= 5) == (0, True)
+    assert attempts(folders[2]) == [0]
+    _, children = parent_and_children(client, "dying")
+    assert {name: (run.info.status, run.data.tags["trial.outcome"]) for name, run in children.items()} == {
+        "dying-trial-00": ("FINISHED", "finished"),
+        "dying-trial-01": ("FAILED", "failed"),
+        "dying-trial-02": ("FINISHED", "finished"),
+    }
+    for name in ("dying-trial-00", "dying-trial-02"):
+        assert steps_of(client, children[name], "train/loss") == list(range(1, EPOCH_ENDS[-1] + 1))
+        assert steps_of(client, children[name], "student/AR100") == EPOCH_ENDS
+
+
+WIDE = """
+name: wide
+scale: {workers: 2}
+search:
+  metric: student/AR100
+  algorithm: grid
+  max_concurrent: 1
+  space: {optim.lr: {choice: [1e-3, 1e+30]}}
+"""
+
+
+@pytest.mark.slow
+def test_trials_of_several_workers_are_driven_with_ray_train(
+    root: Path, client: MlflowClient, ray_cluster: None
+) -> None:
+    """The first one's driver dies, the second one's loss becomes NaN; both give their processors back."""
+    load(root)
+    (root / "wide.yaml").write_text(f"extends: tiny.yaml\n{WIDE}")
+    folder = root / "runs" / "wide-trial-00"
+    at_step(folder, 7, lambda: kill_driver(folder))
+
+    ranking = search(load_experiment(root / "wide.yaml"), console=Console(file=io.StringIO(), width=200))
+
+    assert [(trial.name, trial.outcome, trial.epochs) for trial in ranking] == [
+        ("trial-00", "finished", 3),
+        ("trial-01", "pruned", 0),
+    ]
+    assert ranking[1].error is not None
+    assert "loss" in ranking[1].error
+    assert told(Record(Storage(root / "runs" / "wide")).events) == [
+        *((event, "trial-00") for event in ("started", "retried", "resumed", "ended")),
+        *((event, "trial-01") for event in ("started", "ended")),
+    ]
+    assert attempts(folder)[-1] >= 5
+    _, children = parent_and_children(client, "wide")
+    assert steps_of(client, children["wide-trial-00"], "train/loss") == list(range(1, 15))
+    assert steps_of(client, children["wide-trial-00"], "student/AR100") == [5, 10, 14]
+    # Ray keeps them for the life of the job: a cluster that others use too would fill up with such trials.
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, ray.util.placement_group_table()
+        time.sleep(0.5)
+
+
 GRID = """
 name: stopped
 optim: {epochs: 6}
+scale: {workers: 1}
 search:
   metric: student/AR100
   algorithm: grid
@@ -260,7 +391,6 @@ search:
     optim.lr: {choice: [1e-3, 1e+30]}
     model.inference.max_detections: {choice: [1, 100]}
 """
-EPOCH_ENDS = [5, 10, 14, 19, 24, 28]
 
 
 def start(root: Path) -> subprocess.Popen[str]:
@@ -313,7 +443,12 @@ def test_a_search_goes_on_after_ctrl_c_and_after_sigkill(root: Path, ray_cluster
 
     process = start(root)
     wait_for(process, runs_folder / "stopped" / RECORD, '"trial": "trial-01", "epoch": 1, "go_on": true')
+    holder = last_holder(Storage(runs_folder / "stopped-trial-01"))
+    assert holder is not None
+    training = psutil.Process(holder.pid)
     process.kill()
+    _, alive = psutil.wait_procs([training], timeout=30)
+    assert alive == []
     process.communicate()
 
     console = Console(file=io.StringIO(), width=200)
@@ -328,11 +463,10 @@ def test_a_search_goes_on_after_ctrl_c_and_after_sigkill(root: Path, ray_cluster
     assert "3 trials, 1 of them ended before, 1 at a time" in said(console)
 
     events = Record(Storage(runs_folder / "stopped")).events
-    told = [(event["event"], event["trial"]) for event in events if event["event"] in ("started", "resumed", "ended")]
-    assert told == [
-        *(("started", "trial-00"), ("resumed", "trial-00"), ("ended", "trial-00")),
-        *(("started", "trial-01"), ("resumed", "trial-01"), ("ended", "trial-01")),
-        *(("started", "trial-02"), ("ended", "trial-02")),
+    assert told(events) == [
+        *((event, "trial-00") for event in ("started", "resumed", "ended")),
+        *((event, "trial-01") for event in ("started", "resumed", "ended")),
+        *((event, "trial-02") for event in ("started", "ended")),
     ]
     decisions = [{k: v for k, v in event.items() if k != "time"} for event in events if event["event"] == "decision"]
     assert decisions == list(recompute(events))
@@ -350,9 +484,6 @@ def test_a_search_goes_on_after_ctrl_c_and_after_sigkill(root: Path, ray_cluster
     }
     assert "loss" in trials["stopped-trial-02"].data.tags["trial.error"]
     for name in ("stopped-trial-00", "stopped-trial-01"):
-        run_id = trials[name].info.run_id
-        losses = [m.step for m in client.get_metric_history(run_id, "train/loss")]
-        assert losses == list(range(1, EPOCH_ENDS[-1] + 1))
-        evaluated = [m.step for m in client.get_metric_history(run_id, "student/AR100")]
-        assert evaluated == EPOCH_ENDS
-        assert len(client.get_metric_history(run_id, "optim.lr")) == 1
+        assert steps_of(client, trials[name], "train/loss") == list(range(1, EPOCH_ENDS[-1] + 1))
+        assert steps_of(client, trials[name], "student/AR100") == EPOCH_ENDS
+        assert steps_of(client, trials[name], "optim.lr") == [0]

@@ -7,12 +7,11 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from rich.console import Console
+from tinyruns import TINY
 
 from mimiclab import checkpoint, runs
 from mimiclab.experiment import load_experiment
 from mimiclab.seeds import train_seeds
-
-TINY = (Path(__file__).parent / "tiny.yaml").read_text()
 
 
 def train_two(root: Path) -> list[str]:

@@ -1,8 +1,10 @@
 """The main job on a real Ray cluster and a real MLflow store. Every fit starts processes for most of a minute,
 so few fits show much each."""
 
+import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +26,7 @@ from mimiclab.engine import Engine
 from mimiclab.errors import UserError
 from mimiclab.evaluate import evaluate
 from mimiclab.predict import load_detector
+from mimiclab.tracking.protocol import as_key, is_measured
 from mimiclab.train import train
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
@@ -38,6 +41,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(root: Path, ray_cluster: None) -> runs.Run:
     """A run of two workers from start to end."""
     return train(tiny(root), console=quiet())
+
+
+def pictures(run: runs.Run) -> list[tuple[str, int]]:
+    """Key and step of each that MLflow holds."""
+    files = MlflowClient(run.tracking).list_artifacts(run.mlflow_run_id, "images")
+    names = [file.path.split("+") for file in files if file.path.endswith(".png")]
+    return sorted((name[0], int(name[2])) for name in names)
 
 
 def test_every_step_is_in_mlflow_once(finished: runs.Run) -> None:
@@ -57,10 +67,43 @@ def test_mlflow_holds_what_a_reader_needs(finished: runs.Run) -> None:
         ("instances_val", "val"),
     ]
     artifacts = {file.path for file in client.list_artifacts(finished.mlflow_run_id)}
-    assert {"experiment.yaml", "images", "weights"} <= artifacts
-    pictures = client.list_artifacts(finished.mlflow_run_id, "images")
-    assert len({file.path for file in pictures if file.path.endswith(".png")}) == 2 * 3
+    assert {"experiment.yaml", "images", "evaluation"} <= artifacts
+    [model] = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{finished.mlflow_run_id}'")
+    assert model.status == "READY"
+    assert {m.key: m.value for m in model.metrics}["student/AP"] == max(v for _, v in history(finished, "student/AP"))
+    logged = pictures(finished)
+    assert len(logged) == 2 * 4
+    assert {step for _, step in logged} == {0, 5, 10, 14}  # from before the first step on
     assert len(list((finished.folder / runs.PICTURES).glob("*.png"))) == 2
+
+
+def test_mlflow_holds_what_an_evaluation_found(finished: runs.Run) -> None:
+    client = MlflowClient(finished.tracking)
+    held = {file.path for file in client.list_artifacts(finished.mlflow_run_id, "evaluation")}
+    names = ("precision_recall.png", "precision_recall.json", "confusion.png", "confusion.json", "errors.png")
+    names += ("errors.json", "classes.json", "worst.json", "worst")
+    assert held == {f"evaluation/{name}" for name in names}
+    for key in ("student/errors/missed", "teacher/errors/background", "student/latency_ms"):
+        assert [step for step, _ in history(finished, key)] == [5, 10, 14], key
+    last = client.get_run(finished.mlflow_run_id).data.metrics
+    table = json.loads(Path(client.download_artifacts(finished.mlflow_run_id, "evaluation/classes.json")).read_text())
+    aps = {(row[0], row[1]): row[2] for row in table["data"]}
+    for name in finished.classes:
+        assert aps["student", name] == pytest.approx(last[f"student/AP/{name}"], abs=1e-4)
+    assert not list((finished.folder / runs.UNSENT_FILES).glob("*"))
+
+
+def test_mlflow_holds_what_ran_where(finished: runs.Run) -> None:
+    run = MlflowClient(finished.tracking).get_run(finished.mlflow_run_id)
+    assert run.data.tags["version.torch"]
+    assert run.data.tags["host.cpu"]
+    assert len(run.data.tags["lock.sha256"]) == 64
+    assert run.data.metrics["train/memory_mb"] > 100
+    assert -1 <= run.data.metrics["train/cosine_reg"] <= 1
+    # More than these a run of few seconds need not have.
+    assert {name.rpartition("/")[0] for name in run.data.metrics if name.startswith("system/")} <= {
+        f"system/{as_key(socket.gethostname())}"
+    }
 
 
 def test_two_workers_take_the_steps_of_one(finished: runs.Run, root: Path) -> None:
@@ -92,7 +135,8 @@ def test_the_logged_ap_is_that_of_the_saved_weights(finished: runs.Run, root: Pa
     assert again is not None
     logged = dict(history(finished, "student/AP"))
     assert logged[best.step] == max(logged.values())
-    assert again.metrics == pytest.approx(best.meta["metrics"], abs=1e-6)
+    expected = {name: value for name, value in best.meta["metrics"].items() if not is_measured(name)}
+    assert {name: again.metrics[name] for name in expected} == pytest.approx(expected, abs=1e-6)
     assert again.metrics["student/AP"] == pytest.approx(logged[best.step], abs=1e-6)
 
 
@@ -140,8 +184,16 @@ def test_a_run_survives_the_death_of_a_worker_with_the_same_weights(finished: ru
     expected, weights = ends[0].weights(), ends[1].weights()
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    for key in ("train/loss", "train/grad_norm", "student/AP", "teacher/AP50"):
+    for key in (
+        "train/loss",
+        "train/grad_norm",
+        "train/cosine_reg",
+        "student/AP",
+        "teacher/AP50",
+        "student/errors/missed",
+    ):
         assert history(resumed, key) == history(finished, key)
+    assert pictures(resumed) == pictures(finished)
 
 
 def test_a_damaged_image_met_by_a_worker_is_named(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

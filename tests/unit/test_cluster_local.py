@@ -75,6 +75,19 @@ def test_down_leaves_a_process_alone_that_was_given_the_same_number(cluster, fam
     assert said[0].startswith("ended 0 processes")
 
 
+def test_a_node_that_was_just_starting_and_does_not_hear_is_ended_too(cluster, monkeypatch):
+    monkeypatch.setattr(local, "_STOP_TIMEOUT_S", 0.5)
+    script = "trap '' TERM; echo deaf; while :; do sleep 0.1; done"
+    node = psutil.Popen(["sh", "-c", script], start_new_session=True, stdout=subprocess.PIPE)
+    node.stdout.readline()
+    dataclasses.replace(cluster, nodes={"node-1": state.identify([node])[0]}).write()
+
+    assert local.down(lambda _: None)
+
+    assert not state.is_alive(node)
+    node.communicate()
+
+
 def test_what_the_head_left_behind_is_ended_too(cluster, family):
     dataclasses.replace(cluster, processes=state.identify(family)).write()
     family[0].kill()

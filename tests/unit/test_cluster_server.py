@@ -100,9 +100,10 @@ def test_without_any_cluster_the_verb_that_starts_one_is_named():
         server.connect(None)
 
 
+@pytest.mark.parametrize("first", ["", "import ray; "])
 @pytest.mark.parametrize("ours", [True, False])
-def test_the_token_is_sent_to_the_cluster_of_this_machine_only(ours, tmp_path):
-    """In a process of its own: Ray reads its settings once."""
+def test_the_token_is_sent_to_the_cluster_of_this_machine_only(ours, first, tmp_path):
+    """In a process of its own, with and without Ray in it by then: Ray reads its settings when it is imported."""
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("0123456789abcdef" * 4)
     seen = []
@@ -119,7 +120,7 @@ def test_the_token_is_sent_to_the_cluster_of_this_machine_only(ours, tmp_path):
         environment = {"RAY_AUTH_MODE": "token"}
         job_server = url if ours else "http://127.0.0.1:1"
         state.LocalCluster("127.0.0.1:2", job_server, str(tmp_path), environment, process).write()
-        code = f"from mimiclab.cluster.server import connect; connect({url!r})"
+        code = f"{first}from mimiclab.cluster.server import connect; connect({url!r})"
         environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         done = subprocess.run(
             [sys.executable, "-c", code], env={**environ, "HOME": str(tmp_path)}, capture_output=True, text=True

@@ -1,9 +1,7 @@
 """Packed data on a store that speaks S3's protocol: moto's server on loopback, and a proxy that makes it fail."""
 
 import contextlib
-import http.client
 import json
-import os
 import re
 import socket
 import socketserver
@@ -15,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
+from buckets import bucket_server
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -88,23 +86,14 @@ class _Connection(socketserver.BaseRequestHandler):
 
 @pytest.fixture(scope="module")
 def proxy() -> Iterator[Proxy]:
-    names = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    proxy = Proxy(server.get_host_and_port())
-    thread = threading.Thread(target=proxy.serve_forever, daemon=True)
-    thread.start()
-    connection = http.client.HTTPConnection(*proxy.target)
-    connection.request("PUT", f"/{BUCKET}")
-    assert connection.getresponse().status == 200
-    yield proxy
-    proxy.shutdown()
-    proxy.server_close()
-    server.stop()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    with bucket_server(BUCKET) as address:
+        host, _, port = address.rpartition(":")
+        proxy = Proxy((host, int(port)))
+        thread = threading.Thread(target=proxy.serve_forever, daemon=True)
+        thread.start()
+        yield proxy
+        proxy.shutdown()
+        proxy.server_close()
 
 
 def uri(proxy: Proxy, name: str) -> str:

@@ -1,6 +1,7 @@
 """Metrics are pycocotools', whatever the scale of the images and the number of workers."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,11 @@ from mimicdet import MimicDet, ModelConfig
 from mimicdet.config import AnchorConfig, BackboneConfig, PyramidConfig, StudentConfig, TeacherConfig
 from mimicdet.interface import Detector
 from mimiclab.data.coco import CocoDataset, read_coco
-from mimiclab.evaluate import SUMMARY, coco_metrics, detect, detections_of, evaluate, score
+from mimiclab.data.dataset import EvalBatches
+from mimiclab.evaluate import LATENCY, detect, detections_of, evaluate, fixed_positions, preview, score
+from mimiclab.latency import Latency
 from mimiclab.schema import DataConfig, EvalConfig, Resize, Scenes
+from mimiclab.scoring import SUMMARY, Truth
 
 CLASSES = {3: "red", 7: "green", 20: "blue"}
 SIZES = [(64, 48), (48, 64), (64, 64), (32, 64), (64, 32), (24, 64), (64, 48)]
@@ -61,6 +65,10 @@ def painted(tmp_path_factory) -> CocoDataset:
     return write(root, images, annotations)
 
 
+def coco_metrics(dataset: CocoDataset, rows: np.ndarray) -> dict[str, float]:
+    return Truth(dataset).score(rows).metrics
+
+
 class ColourDetector(Detector):
     """Answers the bounding box of each primary colour, and boxes that are wrong as often as `mistakes` says.
 
@@ -70,9 +78,15 @@ class ColourDetector(Detector):
     def __init__(self, mistakes: int = 0) -> None:
         super().__init__()
         self.mistakes = mistakes
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.detected: list[int] = []
 
     def loss_terms(self, images, targets, *, pad_to=None):
         raise NotImplementedError
+
+    def detect(self, images, *, pad_to=None):
+        self.detected.append(len(images))
+        return [self._detect(image) for image in images]
 
     def detect_heads(self, images, *, topk, pad_to=None):
         teacher = [self._detect(image) for image in images]
@@ -233,6 +247,11 @@ def test_heads_are_scored_by_themselves(painted):
     assert metrics["gap/AP"] == metrics["teacher/AP"] - metrics["student/AP"]
 
 
+def without_latency(metrics: dict[str, float]) -> dict[str, float]:
+    assert metrics[LATENCY] > 0
+    return {name: value for name, value in metrics.items() if name != LATENCY}
+
+
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_any_dealing_of_the_images_to_workers_scores_the_same(painted, world):
     detector, config = ColourDetector(mistakes=3), EvalConfig(batch_size=2)
@@ -242,7 +261,7 @@ def test_any_dealing_of_the_images_to_workers_scores_the_same(painted, world):
     together = score(painted, shares)
 
     assert (world == 5) == (shares[-1] == {})  # four batches: the fifth worker has none
-    assert together.metrics == alone.metrics
+    assert together.metrics == without_latency(alone.metrics)
     assert together.detections.keys() == alone.detections.keys()
     for head, rows in alone.detections.items():
         np.testing.assert_array_equal(together.detections[head], rows)
@@ -268,7 +287,7 @@ def test_a_detector_answers_the_same_on_any_number_of_workers(painted):
 
     assert set(alone.detections) == {"student", "teacher", "student_topk"}
     assert all(len(rows) for rows in alone.detections.values())
-    assert together.metrics == alone.metrics
+    assert together.metrics == without_latency(alone.metrics)
     gap = alone.metrics["teacher/AP"] - alone.metrics["student_topk/AP"]  # on the same boxes
     assert alone.metrics["gap/AP"] == gap
     for head, rows in alone.detections.items():
@@ -283,3 +302,42 @@ def test_detections_of_one_image_are_its_own(painted):
         np.testing.assert_array_equal(found["labels"], record.labels)
         assert found["scores"].tolist() == [0.5] * len(record.labels)
     assert detections_of(rows, 12345, painted.category_ids)["boxes"].shape == (0, 4)
+
+
+def test_latency_is_that_of_single_images_and_of_few_batches(painted):
+    detector = ColourDetector()
+
+    metrics = evaluate(detector, painted, data(64, 64), EvalConfig(batch_size=2), rank=0, world=1).metrics
+
+    assert detector.detected == [1] * (1 + 4)  # a warm-up, and the first image of each of four batches
+    assert 0 < metrics[LATENCY] < 1000
+    timed = Latency(detector)
+    batch = EvalBatches(painted, short=64, long=64, batch_size=2)[0]
+    detector.detected.clear()
+    assert len(list(timed.watch([batch] * 50))) == 50
+    assert len(detector.detected) == 1 + 32
+
+
+def test_a_slow_detector_has_its_latency(painted):
+    class Slow(ColourDetector):
+        def detect(self, images, *, pad_to=None):
+            time.sleep(0.05)
+            return super().detect(images, pad_to=pad_to)
+
+    metrics = evaluate(Slow(), painted, data(64, 64), EvalConfig(batch_size=4), rank=0, world=1).metrics
+
+    assert 50 <= metrics[LATENCY] < 500
+
+
+def test_a_preview_shows_what_an_evaluation_would(painted):
+    config = EvalConfig(batch_size=1, num_pictures=3)
+    whole = evaluate(ColourDetector(), painted, data(64, 64), config, rank=0, world=1).detections
+
+    found = preview(ColourDetector(), painted, data(64, 64), config)
+
+    ids = [painted.images[position].id for position in fixed_positions(painted, 3)]
+    assert len(ids) == 3
+    for head in ("student", "teacher"):
+        expected = whole[head][np.isin(whole[head][:, 0], ids)]
+        np.testing.assert_array_equal(found[head], expected)
+    assert preview(ColourDetector(), painted, data(64, 64), EvalConfig(num_pictures=0)) == {}

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from buckets import bucket_server
 
 from mimiclab import lease as module
 from mimiclab.errors import UserError
@@ -28,14 +28,12 @@ from mimiclab.errors import UserError
 from mimiclab.storage import Storage
 lease.SETTLE_S, lease.HEARTBEAT_S, lease.REMOTE_HEARTBEAT_S = 0.5, 0.2, 0.2
 kept = []
-def lost(other):
-    print("lost", flush=True)
 print("ready", flush=True)
 for line in sys.stdin:
     start, folder = line.split()
     time.sleep(max(0.0, float(start) - time.time()))
     try:
-        kept.append(lease.Lease.take(Storage(folder), "x", lost))
+        kept.append(lease.Lease.take(Storage(folder), "x"))
         print("took", flush=True)
     except UserError as error:
         print("refused", error, flush=True)
@@ -83,10 +81,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RETRY_S", 0.1)
 
 
-def never(other: Holder) -> None:
-    raise AssertionError(f"lost to {other}")
-
-
 def write(storage: Storage, **changes: object) -> Holder:
     """Leave the record of a driver that took its lease a while ago, by default this process."""
     now = time.time()
@@ -113,16 +107,16 @@ def until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
 
 def test_a_lease_is_there_until_it_is_released(tmp_path: Path) -> None:
     storage = Storage(tmp_path / "runs" / "x")
-    with Lease.take(storage, "x", never) as lease:
+    with Lease.take(storage, "x") as lease:
         assert lease.before is None
         holder = last_holder(storage)
         assert holder is not None
         assert holder.pid == os.getpid()
         assert holder.is_alive()
         with pytest.raises(UserError, match=r"^run x: process \d+ on "):
-            Lease.take(storage, "x", never)
+            Lease.take(storage, "x")
     assert last_holder(storage) is None
-    with Lease.take(storage, "x", never) as lease:
+    with Lease.take(storage, "x") as lease:
         assert lease.before is None
 
 
@@ -135,7 +129,7 @@ def test_a_second_driver_is_refused_by_name_and_takes_over_when_the_first_is_kil
     assert first.answer() == "took"
     pid = first.process.pid
     with pytest.raises(UserError) as refusal:
-        Lease.take(Storage(tmp_path), "scenes", never)
+        Lease.take(Storage(tmp_path), "scenes")
     message = str(refusal.value)
     assert message.startswith(f"run scenes: process {pid} on ")
     assert f"since {time.strftime('%Y-%m-%d')}" in message
@@ -146,7 +140,7 @@ def test_a_second_driver_is_refused_by_name_and_takes_over_when_the_first_is_kil
     # Not waited for: it stays as a zombie, whose number is not free.
     until(lambda: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     began = time.monotonic()
-    with Lease.take(Storage(tmp_path), "scenes", never) as lease:
+    with Lease.take(Storage(tmp_path), "scenes") as lease:
         assert time.monotonic() - began < 1
         assert lease.before is not None
         assert lease.before.pid == pid
@@ -166,14 +160,14 @@ def test_of_two_drivers_at_the_same_moment_one_wins(tmp_path: Path, start: Calla
 def test_another_process_of_the_same_number_does_not_hold_the_lease(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     before = write(storage, started=psutil.Process().create_time() - 1000, heartbeat=time.time(), step=70, seconds=9.5)
-    with Lease.take(storage, "x", never) as lease:
+    with Lease.take(storage, "x") as lease:
         assert lease.before == before
 
 
 def test_a_driver_on_this_machine_holds_its_lease_however_long_it_was_not_heard_of(tmp_path: Path) -> None:
     write(Storage(tmp_path), heartbeat=time.time() - 1e5)
     with pytest.raises(UserError, match="last heard of 100000 s ago"):
-        Lease.take(Storage(tmp_path), "x", never)
+        Lease.take(Storage(tmp_path), "x")
 
 
 @pytest.mark.parametrize("age", [-20.0, 10.0, 55.0])
@@ -183,25 +177,22 @@ def test_a_driver_elsewhere_holds_its_lease_while_it_is_heard_of(tmp_path: Path,
     with pytest.raises(
         UserError, match=rf"on spot-7 .*last heard of {max(0, age):.0f} s ago.* 60 s after.*\.lease\.json"
     ):
-        Lease.take(Storage(tmp_path), "x", never)
+        Lease.take(Storage(tmp_path), "x")
 
 
 def test_a_driver_elsewhere_is_dead_when_it_was_not_heard_of_for_long(tmp_path: Path) -> None:
     # Its number means nothing here.
     write(Storage(tmp_path), pids="another machine", heartbeat=time.time() - 61)
-    with Lease.take(Storage(tmp_path), "x", never) as lease:
+    with Lease.take(Storage(tmp_path), "x") as lease:
         assert lease.before is not None
         assert lease.before.host == "spot-7"
 
 
-def test_a_driver_whose_lease_was_taken_says_so_once_and_leaves_it(tmp_path: Path) -> None:
+def test_a_driver_whose_lease_was_taken_knows_by_whom_and_leaves_it(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
-    heard: list[Holder] = []
-    lease = Lease.take(storage, "x", heard.append)
+    lease = Lease.take(storage, "x")
     other = write(storage, pids="another machine", heartbeat=time.time())
-    until(lambda: bool(heard))
-    time.sleep(0.5)
-    assert heard == [other]
+    until(lambda: lease.lost is not None)
     assert lease.lost == other
     lease.release()
     assert last_holder(storage) == other
@@ -215,7 +206,7 @@ def test_a_heartbeat_says_how_far_the_run_is(tmp_path: Path) -> None:
         assert holder is not None
         return holder
 
-    with Lease.take(storage, "x", never) as lease:
+    with Lease.take(storage, "x") as lease:
         first = heard()
         lease.note(70, 31.5)
         until(lambda: heard().step == 70)
@@ -229,7 +220,7 @@ def test_a_storage_that_fails_for_seconds_does_not_end_a_lease(
 ) -> None:
     folder, away = tmp_path / "run", tmp_path / "away"
     storage = Storage(folder)
-    lease = Lease.take(storage, "x", never)
+    lease = Lease.take(storage, "x")
     folder.rename(away)
     folder.write_text("what is no folder can be written by nobody, root included")
     time.sleep(3)
@@ -245,7 +236,7 @@ def test_a_storage_that_fails_for_seconds_does_not_end_a_lease(
 
 def test_a_folder_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    lease = Lease.take(Storage(folder), "x", never)
+    lease = Lease.take(Storage(folder), "x")
     folder.rename(tmp_path / "removed")
     time.sleep(0.5)
     lease.release()
@@ -256,7 +247,7 @@ def test_a_folder_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
 def test_a_damaged_record_is_nobodys_and_is_mended(tmp_path: Path, content: bytes) -> None:
     storage = Storage(tmp_path)
     storage.write(LEASE, content)
-    with Lease.take(storage, "x", never):
+    with Lease.take(storage, "x"):
         storage.write(LEASE, content)
         until(lambda: last_holder(storage) is not None)
 
@@ -264,13 +255,13 @@ def test_a_damaged_record_is_nobodys_and_is_mended(tmp_path: Path, content: byte
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/x/\.lease\.json: cannot be written"):
-        Lease.take(Storage(tmp_path / "file" / "x"), "x", never)
+        Lease.take(Storage(tmp_path / "file" / "x"), "x")
 
 
 def test_a_lease_ends_with_its_process_and_keeps_none_alive(tmp_path: Path) -> None:
     code = (
         "import sys; from mimiclab.lease import Lease; from mimiclab.storage import Storage;"
-        "Lease.take(Storage(sys.argv[1]), 'x', print)"
+        "Lease.take(Storage(sys.argv[1]), 'x')"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=20)
     holder = last_holder(Storage(tmp_path))
@@ -284,23 +275,8 @@ def test_a_lease_ends_with_its_process_and_keeps_none_alive(tmp_path: Path) -> N
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """A URI's beginning and its options, of a bucket on a loopback server; `{}` is the folder's name."""
-    import http.client
-
-    from moto.server import ThreadedMotoServer
-
-    names = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    connection = http.client.HTTPConnection(host, port)
-    connection.request("PUT", "/leases")
-    assert connection.getresponse().status == 200
-    yield f"s3://leases/{{}}?scheme=http&endpoint_override={host}:{port}"
-    server.stop()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    with bucket_server("leases") as address:
+        yield f"s3://leases/{{}}?scheme=http&endpoint_override={address}"
 
 
 @pytest.mark.server
@@ -318,7 +294,7 @@ def test_on_a_store_one_of_two_drivers_wins_too(bucket: str, start: Callable[[],
     assert first is not None
     until(lambda: (holder := last_holder(storage)) is not None and holder.heartbeat > first.heartbeat)
     with pytest.raises(UserError, match=f"process {first.pid} on "):
-        Lease.take(storage, "x", never)
+        Lease.take(storage, "x")
 
 
 @pytest.mark.server
@@ -326,10 +302,9 @@ def test_on_a_store_who_is_overwritten_by_a_late_driver_stops(bucket: str, monke
     monkeypatch.setattr(module, "SETTLE_S", 0.2)
     monkeypatch.setattr(module, "REMOTE_HEARTBEAT_S", 0.2)
     storage = Storage(bucket.format("late"))
-    lost = threading.Event()
-    lease = Lease.take(storage, "x", lambda _: lost.set())
+    lease = Lease.take(storage, "x")
     late = write(storage, owner="1" * 16)
-    assert lost.wait(10)
+    until(lambda: lease.lost == late)
     lease.release()
     assert last_holder(storage) == late
 
@@ -339,6 +314,6 @@ def test_on_a_store_a_dead_drivers_lease_is_taken_and_given_back(bucket: str, mo
     monkeypatch.setattr(module, "SETTLE_S", 0.2)
     storage = Storage(bucket.format("dead"))
     before = write(storage, pids="another machine", heartbeat=time.time() - 90)
-    with Lease.take(storage, "x", never) as lease:
+    with Lease.take(storage, "x") as lease:
         assert lease.before == before
     assert last_holder(storage) is None

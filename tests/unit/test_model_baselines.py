@@ -31,7 +31,7 @@ from mimiclab.build import build_detector
 from mimiclab.data.coco import read_coco
 from mimiclab.engine import Batch, Engine
 from mimiclab.evaluate import evaluate
-from mimiclab.leader import validation_pictures
+from mimiclab.evaluation_report import validation_pictures
 from mimiclab.optim import OptimConfig
 from mimiclab.progress import ProgressView
 from mimiclab.schema import DataConfig, EvalConfig, Resize, Scenes
@@ -568,5 +568,5 @@ def test_a_detector_with_one_head_trains_and_is_scored_and_shown(config: ModelCo
     assert "student" in text
     assert "gap" not in text
     assert "teacher" not in text
-    pictures = validation_pictures(dataset, evaluation, 1)
+    pictures = validation_pictures(dataset, evaluation.detections, 1)
     assert pictures["a"].width < 3 * 320  # ground truth and the one head side by side

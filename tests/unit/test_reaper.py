@@ -75,7 +75,7 @@ def test_a_killed_process_is_found_dead_at_once(make: Callable[..., Run]) -> Non
     run = make("x", holder=None)
     code = (
         "import sys, time; from mimiclab.lease import Lease; from mimiclab.storage import Storage;"
-        "Lease.take(Storage(sys.argv[1]), 'x', print); print('took', flush=True); time.sleep(600)"
+        "lease = Lease.take(Storage(sys.argv[1]), 'x'); print('took', flush=True); time.sleep(600)"
     )
     driver = subprocess.Popen([sys.executable, "-c", code, run.storage.uri], stdout=subprocess.PIPE, text=True)
     try:
@@ -162,7 +162,7 @@ def test_a_driver_that_starts_while_mlflow_is_asked_keeps_its_run(
     ask = tracking.unfinished_since
 
     def slowly(uri: str, run_id: str) -> float | None:
-        leases.append(Lease.take(run.storage, "x", never))
+        leases.append(Lease.take(run.storage, "x"))
         return ask(uri, run_id)
 
     monkeypatch.setattr(tracking, "unfinished_since", slowly)

@@ -1,6 +1,5 @@
 """Runs in a bucket: moto's server on loopback speaks S3's protocol."""
 
-import http.client
 import io
 import json
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
+from buckets import bucket_server
 from PIL import Image
 from rich.console import Console
 
@@ -47,21 +46,8 @@ METRICS = {f"student/{name}": 0.5 for name in ("AP", "AP50", "AP75")}
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    connection = http.client.HTTPConnection(host, port)
-    connection.request("PUT", f"/{BUCKET}")
-    assert connection.getresponse().status == 200
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "ACCESS_KEY_ID": "key",
-            "SECRET_ACCESS_KEY": "secret",
-            "EC2_METADATA_DISABLED": "true",
-        }.items():
-            patch.setenv(f"AWS_{name}", value)
-        yield f"{host}:{port}"
-    server.stop()
+    with bucket_server(BUCKET) as address:
+        yield address
 
 
 @pytest.fixture(autouse=True)

@@ -1,16 +1,20 @@
 """A search before anything runs: its section of the file, its space, its trials, their ranking."""
 
+import math
+import sys
 from pathlib import Path
 
 import pytest
 
+from mimiclab.data.order import Order
 from mimiclab.errors import UserError
-from mimiclab.experiment import differences, identity, load_experiment
+from mimiclab.experiment import differences, identity, load_experiment, resolved_yaml
 from mimiclab.schema import SearchConfig
-from mimiclab.search.driver import num_concurrent, search
-from mimiclab.search.results import best_experiment, note, ranking_table
+from mimiclab.search.driver import check_room, num_concurrent, search
+from mimiclab.search.metric import name_of, value_of
+from mimiclab.search.results import best_experiment, note, ranking_table, spent_text
 from mimiclab.search.space import describe, draw, extremes, grid
-from mimiclab.search.trials import Trial, plan, ranked
+from mimiclab.search.trials import Plan, Trial, plan, ranked, resources_of, with_repeats
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 PLAIN = "name: small\ndata: {scenes: {}}\n"
@@ -51,6 +55,10 @@ def test_a_search_has_defaults_for_all_but_its_space():
         mode="max",
         algorithm="random",
         trials=None,
+        seeds_per_trial=1,
+        budget=None,
+        unit="epochs",
+        workers_per_trial=None,
         max_t=None,
         grace_period=1,
         reduction_factor=2,
@@ -72,7 +80,7 @@ def test_the_searches_that_come_with_the_project_can_be_planned():
 
     assert files
     for file in files:
-        assert plan(load_experiment(file))
+        assert plan(load_experiment(file, environ={"MIMICLAB_DATA": "/data", "MIMICLAB_WEIGHTS": "/weights"}))
 
 
 def test_keys_of_a_space_know_where_they_were_written():
@@ -197,6 +205,32 @@ def test_mistakes_in_a_space(space, message):
 BAD_SEARCHES = {
     "no space": ("{trials: 2}", "x.yaml:3: search.space: found nothing, expected a value"),
     "mode": ("{mode: best}", "search.mode: found \"best\", expected 'max' or 'min'"),
+    "no metric": (
+        '{metric: ""}',
+        'search.metric: found "", expected a metric\'s name, or names with weights other than 0',
+    ),
+    "an empty sum": ("{metric: {}}", "search.metric: found {}, expected a metric's name, or names with weights"),
+    "a list": ("{metric: [student/AP]}", 'search.metric: found ["student/AP"], expected a metric\'s name, or names'),
+    "a weight of 0": (
+        "{metric: {student/AP: 0}}",
+        'search.metric: found {"student/AP": 0}, expected a metric\'s name, or names with weights other than 0, such '
+        "as {student/AP: 1, student/latency_ms: -0.002}",
+    ),
+    "a weight of text": ("{metric: {student/AP: much}}", 'search.metric: found {"student/AP": "much"}, expected'),
+    "a weight of truth": ("{metric: {student/AP: true}}", 'search.metric: found {"student/AP": true}, expected'),
+    "no budget": ("{budget: 0}", "search.budget: found 0, expected more than 0"),
+    "no workers": ("{workers_per_trial: 0}", "search.workers_per_trial: found 0, expected more than 0"),
+    "more workers than images of a step": (
+        "{workers_per_trial: 9}",
+        "every worker needs an image of each step: optim.global_batch must be at least search.workers_per_trial, found "
+        "optim.global_batch 8 and search.workers_per_trial 9",
+    ),
+    "no seed": ("{seeds_per_trial: 0}", "search.seeds_per_trial: found 0, expected 1 or more"),
+    "a unit": ("{unit: hours}", "search.unit: found \"hours\", expected 'epochs' or 'steps'"),
+    "too patient for its steps": (
+        "{unit: steps, max_t: 100, grace_period: 101}",
+        "search.grace_period must not be above search.max_t, found search.grace_period 101 and search.max_t 100",
+    ),
     "no trials": ("{trials: 0}", "search.trials: found 0, expected more than 0"),
     "no reduction": ("{reduction_factor: 1}", "search.reduction_factor: found 1, expected 2 or more"),
     "none at a time": (
@@ -205,7 +239,7 @@ BAD_SEARCHES = {
     ),
     "some at a time": ("{max_concurrent: many}", 'search.max_concurrent: found "many", expected a whole number'),
     "unknown": ("{trails: 3}", "unknown key search.trails; did you mean search.trials?"),
-    "algorithm": ("{algorithm: halton}", "search.algorithm: found \"halton\", expected 'random' or 'grid'"),
+    "algorithm": ("{algorithm: halton}", "search.algorithm: found \"halton\", expected 'random', 'grid' or 'optuna'"),
     "a larger grid": (
         "{algorithm: grid, trials: 3}",
         "x.yaml:3: search.trials: found 3, the grid has 1; expected 1 or fewer, or null",
@@ -256,6 +290,32 @@ def test_mistakes_in_a_grid(key, message):
 
     assert found.startswith(f"x.yaml:6: search.space.{message}")
     assert "\n" not in found
+
+
+SHALLOW = "model: {pyramid: {min_level: 2, stagger: 0}}\n"
+
+
+def test_a_key_under_a_condition_is_tried_where_that_holds():
+    """Staggering by 1 needs a pyramid that begins at level 3, and more levels for the condition on the condition."""
+    stagger = "model.pyramid.stagger: {%schoice: [1]}"
+    level = "model.pyramid.min_level: {%schoice: [2, 3]}"
+    deep = "when: {model.pyramid.min_level: [3]}, "
+    space = f"{{{level % ''}, {stagger % deep}}}"
+    load(PLAIN + SHALLOW + f"search: {{space: {space}}}\n")
+
+    unconditional = f"{{{level % ''}, {stagger % ''}}}"
+    assert mistake(PLAIN + SHALLOW + f"search: {{space: {unconditional}}}\n").startswith(
+        "x.yaml:4: search.space.model.pyramid.stagger: 1 does not fit: model.pyramid: min_level - stagger must be at"
+    )
+
+
+def test_a_key_is_tried_under_the_conditions_of_its_conditions():
+    space = (
+        "{model.pyramid.min_level: {choice: [2, 3]}, seed: {when: {model.pyramid.min_level: [3]}, int: [1, 2]}, "
+        "model.pyramid.stagger: {when: {seed: [2]}, choice: [1]}}"
+    )
+
+    load(PLAIN + SHALLOW + f"search: {{space: {space}}}\n")
 
 
 def test_mistakes_between_keys_are_told_together():
@@ -578,3 +638,196 @@ def test_the_note_tells_the_space_and_then_the_ranking():
     assert after.startswith(before)
     assert "| trial | outcome | student/AP | epochs | cls_weight | stagger |" in after
     assert "| trial-01 | pruned | 0.2000 | 1 | " in after
+
+
+# Metrics
+
+
+EVALUATION = {"student/AP": 0.5, "student/latency_ms": 40.0, "teacher/AP": 0.6, "gap/AP": 0.1, "epoch": 3}
+
+
+def test_a_metric_is_a_name_or_a_weighted_sum():
+    assert value_of("gap/AP", EVALUATION) == 0.1
+    assert value_of({"student/AP": 1, "student/latency_ms": -0.002}, EVALUATION) == pytest.approx(0.42)
+    assert math.isnan(value_of({"student/AP": 1, "gap/AP": 2}, {"student/AP": 0.5, "gap/AP": math.nan}))
+
+
+def test_a_sum_has_a_name_that_people_can_read():
+    assert name_of("student/AP") == "student/AP"
+    assert name_of({"student/AP": 1.0, "student/latency_ms": -0.002}) == "student/AP - 0.002 student/latency_ms"
+    assert name_of({"gap/AP": -1.0, "teacher/AP": 2.0}) == "-gap/AP + 2 teacher/AP"
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("student/ap", "evaluations do not report student/ap; did you mean student/AP?"),
+        ({"student/AP": 1, "student/latency": -1}, "report student/latency; did you mean student/latency_ms?"),
+        ({"student/Ap": 1, "gap/Ap": -1}, "report student/Ap and gap/Ap; did you mean student/AP and gap/AP?"),
+        ("loss", "report loss; expected one of gap/AP, student/AP, student/latency_ms, teacher/AP"),
+    ],
+)
+def test_what_evaluations_do_not_report_is_named(metric, message):
+    with pytest.raises(UserError, match=r"^search\.metric: evaluations do not ") as caught:
+        value_of(metric, EVALUATION)
+
+    assert str(caught.value).endswith(message)
+
+
+def test_a_sum_may_be_written_in_a_file_and_comes_back_from_the_resolved_one():
+    loaded = load(PLAIN + SPACE + "  metric: {student/AP: 1, student/latency_ms: -0.002}\n")
+    assert loaded.experiment.search.metric == {"student/AP": 1.0, "student/latency_ms": -0.002}
+
+    Path("again.yaml").write_text(resolved_yaml(loaded.experiment))
+
+    assert load_experiment("again.yaml").experiment == loaded.experiment
+    assert "for the max of `student/AP - 0.002 student/latency_ms`, " in note(loaded.experiment, 3)
+
+
+# Steps, workers, seeds
+
+
+def steps(*overrides):
+    """A plan in steps, of 10 images in batches of 4: epochs end at 3, 5, 8, 10, 13 ... 30."""
+    loaded = load(PLAIN + SPACE, "search.unit=steps", "optim.global_batch=4", *overrides)
+    return Plan(loaded, lambda experiment: Order(10, experiment.optim.global_batch, experiment.seed))
+
+
+@pytest.mark.parametrize(("max_t", "epochs"), [(1, 1), (3, 1), (4, 2), (10, 4), (11, 5), (30, 12)])
+def test_trials_in_steps_end_with_the_first_epoch_that_reaches_max_t(max_t, epochs):
+    plan = steps(f"search.max_t={max_t}")
+
+    assert plan.max_t == max_t
+    assert {trial.experiment.optim.epochs for trial in plan.trials()} == {epochs}
+
+
+def test_trials_in_steps_train_for_all_epochs_where_nothing_else_is_said():
+    plan = steps()
+
+    assert plan.max_t == 30
+    assert {trial.experiment.optim.epochs for trial in plan.trials()} == {12}
+    assert "1 steps to 12 epochs each" in note(plan.experiment, 3)
+    assert "1 steps to 5 steps each" in note(steps("search.max_t=5").experiment, 3)
+
+
+def test_steps_are_those_of_each_trials_own_batches():
+    plan = steps("search.max_t=10", "search.space={optim.global_batch: {choice: [4, 2]}}", "search.trials=8")
+
+    found = {(trial.values["optim.global_batch"], trial.experiment.optim.epochs) for trial in plan.trials()}
+    assert found == {(4, 4), (2, 2)}
+
+
+@pytest.mark.parametrize("key", ["max_t", "grace_period"])
+def test_more_steps_than_there_are_in_all_epochs_are_refused(key):
+    with pytest.raises(UserError) as caught:
+        steps(f"search.{key}=31")
+
+    assert str(caught.value) == (
+        f"search.{key} must not be above the steps of optim.epochs, found search.{key} 31 and 30 steps in 12 epochs"
+    )
+
+
+def test_trials_have_the_workers_that_the_search_gives_them():
+    loaded = load(PLAIN + SPACE, "search.workers_per_trial=2", "scale={workers: {min: 1, max: 8}, threads: 3}")
+
+    assert {str(trial.experiment.scale.workers) for trial in plan(loaded)} == {"2"}
+    assert resources_of(loaded.experiment) == {"CPU": 6}
+    assert num_concurrent(loaded.experiment, {"CPU": 13.0}, num_trials=3) == 2
+    check_room(loaded.experiment, {"CPU": 6.0})
+    with pytest.raises(UserError) as caught:
+        check_room(loaded.experiment, {"CPU": 5.0})
+    assert str(caught.value) == (
+        "search.workers_per_trial: 2 workers of 3 CPU each need 6, found 5 in the cluster; expected fewer workers per "
+        "trial or a larger cluster"
+    )
+
+
+def test_trials_have_the_workers_of_the_file_where_the_search_says_nothing():
+    loaded = load(PLAIN + SPACE, "scale={workers: {min: 1, max: 8}}")
+
+    assert {str(trial.experiment.scale.workers) for trial in plan(loaded)} == {"1 to 8"}
+    check_room(loaded.experiment, {"CPU": 1.0})
+
+
+def test_a_trial_is_repeated_with_the_seeds_that_follow():
+    trials = plan(load(PLAIN + SPACE, "search.seeds_per_trial=3", "seed=7"))
+    one = trials[1]
+
+    assert [(run.name, run.experiment.name, run.experiment.seed) for run in with_repeats([one])] == [
+        ("trial-01", "small-trial-01", 7),
+        ("trial-01-seed-8", "small-trial-01-seed-8", 8),
+        ("trial-01-seed-9", "small-trial-01-seed-9", 9),
+    ]
+    same = {"name": "small-trial-01", "seed": 7}
+    assert {run.experiment.model_copy(update=same).model_dump_json() for run in one.repeats} == {
+        one.experiment.model_dump_json()
+    }
+    assert one.values == one.repeats[0].values
+
+
+def test_the_seeds_of_a_searched_seed_follow_that_one():
+    (one,) = plan(load(PLAIN + "search: {trials: 1, seeds_per_trial: 2, space: {seed: {choice: [5]}}}\n"))
+
+    assert [run.experiment.seed for run in with_repeats([one])] == [5, 6]
+
+
+def repeated(number, *bests):
+    """A trial whose first run and repeats have these best values; only finished repeats count."""
+    one = trial(number, "finished", bests[0], bests[0] / 2)
+    for seed, best in enumerate(bests[1:], start=1):
+        one.repeats.append(Trial(number, one.values, one.experiment, "finished", [(1, best)], seed=seed))
+    return one
+
+
+def test_trials_rank_by_the_mean_over_seeds():
+    lucky, steady = repeated(0, 0.9, 0.1), repeated(1, 0.6, 0.6)
+
+    assert lucky.scores("max") == (0.9, 0.1)
+    assert ranked([lucky, steady], "max") == [steady, lucky]
+    lucky.repeats[0].outcome = "running"
+    assert ranked([lucky, steady], "max") == [lucky, steady]
+
+
+def test_the_table_has_the_interval_of_the_mean_over_seeds():
+    config = load(PLAIN + SPACE, "search.seeds_per_trial=2").experiment.search
+    table = ranking_table([repeated(0, 0.3, 0.4), repeated(1, 0.2)], config, "small")
+
+    assert [column.header for column in table.columns][2:5] == ["student/AP", "± 95 %", "epochs"]
+    cells = list(zip(*(column.cells for column in table.columns), strict=True))
+    # Half of the interval is 12.7062 * 0.05, see test_seeds.py.
+    assert [row[2:5] for row in cells] == [("0.3500", "0.6353 (2)", "2"), ("0.2000", "-", "2")]
+
+
+def test_the_best_of_several_seeds_says_so():
+    text = best_experiment(load().experiment, repeated(0, 0.3, 0.4), 3)
+
+    assert text.startswith(
+        "# The best of 3 trials of the search small: trial-00 (finished), student/AP 0.3000 at epoch 1 (mean of 2 "
+        "seeds: 0.3500 ± 0.6353).\n"
+    )
+
+
+def test_the_note_tells_what_was_spent_and_that_it_ended_the_search():
+    experiment = load(PLAIN + SPACE, "search.budget=2").experiment
+
+    assert "Budget: 2 core-hours." in note(experiment, 3)
+    assert "1.5 of 2 core-hours were spent." in note(experiment, 3, some_trials(), 1.5)
+    assert "2.25 of 2 core-hours were spent, which ended the search." in note(experiment, 3, some_trials(), 2.25)
+    assert spent_text(load(PLAIN + SPACE, "scale.gpu=true").experiment, 0.5) == "0.5 GPU-hours were spent"
+
+
+def test_optuna_is_an_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+
+    with pytest.raises(UserError) as caught:
+        search(load(PLAIN + SPACE, "search.algorithm=optuna"), console=None)
+    assert str(caught.value) == (
+        "search.algorithm: optuna needs a package that is not installed; expected mimiclab[optuna], or another "
+        "algorithm"
+    )
+
+
+def test_trials_of_optuna_have_no_values_before_they_start():
+    trials = plan(load(PLAIN + SPACE, "search.algorithm=optuna"))
+
+    assert [(trial.name, trial.values) for trial in trials] == [(f"trial-0{n}", {}) for n in range(3)]

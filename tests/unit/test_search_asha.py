@@ -33,7 +33,7 @@ def test_a_decision_tells_what_it_was_based_on() -> None:
     assert halving.decide("a", 1, 0.1) == Decision(True, 1)
     assert halving.decide("b", 1, 0.4) == Decision(True, 1, (0.1,), 0.1)
     # The best third of 0.1 and 0.4 begins two thirds of the way between them.
-    assert halving.decide("c", 1, 0.2) == Decision(False, 1, (0.1, 0.4), pytest.approx(0.3))
+    assert halving.decide("c", 1, 0.2) == Decision(False, 1, (0.1, 0.4), pytest.approx(0.3), "rung")
     assert halving.decide("a", 2, 0.0) == Decision(True)
     assert halving.decide("a", 3, 0.2) == Decision(True, 3)
 

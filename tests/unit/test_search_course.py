@@ -7,39 +7,24 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
+from searches import EPOCHS, Driver, KilledError, objective, outline
 
 from mimiclab import runs
 from mimiclab.engine import NonFiniteLossError
 from mimiclab.errors import NoRetryError, UserError
 from mimiclab.experiment import identity, load_experiment
 from mimiclab.lease import LEASE, Lease
+from mimiclab.search.budget import run_of
 from mimiclab.search.course import Course
-from mimiclab.search.earlier import BEST, SEARCH, TUNE, read_record, remove, search_identity, wait_for_drivers
-from mimiclab.search.record import RECORD, Record, recompute
-from mimiclab.search.trials import Trial, plan
+from mimiclab.search.earlier import BEST, SEARCH, TUNE, remove, search_identity, wait_for_drivers
+from mimiclab.search.record import RECORD, Record, recompute, stamped
+from mimiclab.search.trials import Plan, plan, with_repeats
 from mimiclab.storage import Storage
 from mimiclab.tracking import runs as tracking
-
-FILE = """
-name: small
-data: {scenes: {}}
-optim: {epochs: 9}
-search:
-  trials: 8
-  reduction_factor: 3
-  space: {optim.lr: {loguniform: [1e-4, 1e-2]}, model.pyramid.stagger: {choice: [0, 1]}}
-"""
-Objective = Callable[[int, int], float]
-
-
-class KilledError(Exception):
-    """The driver's death."""
 
 
 @pytest.fixture(autouse=True)
@@ -48,71 +33,50 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "runs" / "small"
 
 
-class Driver:
-    """A driver as the record knows it; Ray and training are left out."""
-
-    def __init__(self, *overrides: str) -> None:
-        Path("x.yaml").write_text(FILE)
-        loaded = load_experiment("x.yaml", overrides)
-        self.trials = plan(loaded)
-        self.said: list[str] = []
-        folder = runs.storage_of(loaded.experiment)
-        self.record = read_record(loaded.experiment, self.trials, folder)
-        self.course = Course(loaded.experiment, self.trials, self.record, self.said.append)
-
-    def run(self, order: random.Random, objective: Objective, concurrent: int = 3, most: int = 10**6) -> None:
-        """Run trials side by side, as many evaluations as are asked for; then the driver dies."""
-        left, running = self.course.left, list[Trial]()
-        reached = {}
-        while left or running:
-            while left and len(running) < concurrent:
-                trial = left.pop(0)
-                self.course.begin(trial)
-                # Its own checkpoint may be older than what the search has heard, or newer.
-                reached[trial.name] = max(0, trial.epochs + order.choice([-1, 0, 1]) if trial.epochs else 0)
-                running.append(trial)
-            if most <= 0:
-                raise KilledError
-            most -= 1
-            trial = order.choice(running)
-            reached[trial.name] = epoch = min(reached[trial.name] + 1, 9)
-            if not self.course.result(trial, epoch, objective(trial.number, epoch)) or epoch == 9:
-                self.course.complete(trial)
-                running.remove(trial)
+KINDS = {
+    "random": (),
+    "in steps": ("search.unit=steps", "search.grace_period=10"),
+    "several seeds": ("search.seeds_per_trial=3",),
+    "optuna": ("search.algorithm=optuna",),
+    "a sum": ("search.metric={student/AP: 1, student/latency_ms: -0.5}",),
+}
 
 
-def objective(number: int, epoch: int) -> float:
-    return math.sin(number * 2.3) * epoch / 10
-
-
-def outline(trials: list[Trial]) -> list[Any]:
-    return [(trial.name, trial.outcome, trial.evaluations, trial.error) for trial in trials]
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_a_search_that_is_killed_again_and_again_accounts_for_every_trial_once(folder: Path, seed: int) -> None:
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_search_that_is_killed_again_and_again_accounts_for_every_trial_once(
+    folder: Path, kind: str, seed: int
+) -> None:
     order = random.Random(seed)
     for _ in range(4):
         with pytest.raises(KilledError):
-            Driver().run(order, objective, most=order.randrange(6))
-    driver = Driver()
-    driver.run(order, objective)
+            Driver(*KINDS[kind]).run(order, objective, most=order.randrange(6), deaths=0.1)
+    driver = Driver(*KINDS[kind])
+    driver.run(order, objective, deaths=0.1)
 
     events = Record(Storage(folder)).events
-    for kind in ("started", "ended"):
-        assert sorted(e["trial"] for e in events if e["event"] == kind) == [trial.name for trial in driver.trials]
-    results = [(event["trial"], event["epoch"]) for event in events if event["event"] == "result"]
+    done = {run.name: run for run in with_repeats(driver.trials) if run.outcome != "waiting"}
+    for event in ("started", "ended"):
+        assert sorted(run_of(e) for e in events if e["event"] == event) == sorted(done)
+    results = [(run_of(event), event["epoch"]) for event in events if event["event"] == "result"]
     assert len(results) == len(set(results))
-    assert {trial.outcome for trial in driver.trials} == {"finished", "pruned"}
+    assert {run.outcome for run in done.values()} == {"finished", "pruned"}
     decisions = [{k: v for k, v in event.items() if k != "time"} for event in events if event["event"] == "decision"]
     assert len(decisions) == len(results)
     assert decisions == list(recompute(events))
-    stopped = {decision["trial"] for decision in decisions if not decision["go_on"]}
-    assert stopped == {trial.name for trial in driver.trials if trial.outcome == "pruned"}
+    stopped = {run_of(decision) for decision in decisions if not decision["go_on"]}
+    assert stopped == {name for name, run in done.items() if run.outcome == "pruned"}
+    assert {decision["reason"] for decision in decisions} == {None, "rung"}
+    # What repeats a trial is that of the finished ones, all of it, to its end.
+    finished = [trial for trial in driver.trials if trial.outcome == "finished"]
+    repeats = [run for trial in finished for run in trial.repeats]
+    assert {name for name in done if "seed" in name} == {run.name for run in repeats}
+    assert all(run.outcome == "finished" and run.epochs == EPOCHS for run in repeats)
     # And once more: nothing is left, nothing is written, all is as it was.
-    again = Driver()
-    assert again.course.left == []
+    again = Driver(*KINDS[kind])
+    assert again.course.is_over
     assert outline(again.trials) == outline(driver.trials)
+    assert again.bests == driver.bests
     assert Record(Storage(folder)).events == events
 
 
@@ -121,12 +85,12 @@ def test_an_evaluation_that_is_told_again_changes_nothing(folder: Path) -> None:
     first, second = driver.trials[:2]
     driver.course.begin(first)
     driver.course.begin(second)
-    assert driver.course.result(first, 1, 0.5)
-    assert not driver.course.result(second, 1, 0.1)
+    assert driver.result(first, 1, 0.5)
+    assert not driver.result(second, 1, 0.1)
     before = (folder / RECORD).read_text()
 
-    assert driver.course.result(first, 1, 0.7)
-    assert not driver.course.result(second, 1, 0.7)
+    assert driver.result(first, 1, 0.7)
+    assert not driver.result(second, 1, 0.7)
 
     assert (folder / RECORD).read_text() == before
     assert first.evaluations == [(1, 0.5)]
@@ -135,12 +99,12 @@ def test_an_evaluation_that_is_told_again_changes_nothing(folder: Path) -> None:
 def test_rungs_are_those_of_the_record_after_a_restart() -> None:
     driver = Driver()
     driver.course.begin(driver.trials[0])
-    driver.course.result(driver.trials[0], 1, 0.5)
+    driver.result(driver.trials[0], 1, 0.5)
     again = Driver()
     other = again.trials[1]
     again.course.begin(other)
 
-    assert not again.course.result(other, 1, 0.4)
+    assert not again.result(other, 1, 0.4)
     assert again.said[-2:] == [
         f"trial-01  started: optim.lr {other.values['optim.lr']}, model.pyramid.stagger "
         f"{other.values['model.pyramid.stagger']}",
@@ -152,7 +116,7 @@ def test_a_decision_holds_though_the_driver_died_before_it_took_effect(folder: P
     driver = Driver()
     for trial, value in zip(driver.trials[:2], (0.5, 0.1), strict=True):
         driver.course.begin(trial)
-        driver.course.result(trial, 1, value)
+        driver.result(trial, 1, value)
     again = Driver()
 
     assert [trial.outcome for trial in again.trials[:3]] == ["waiting", "pruned", "waiting"]
@@ -167,7 +131,7 @@ def test_half_of_the_last_write_is_made_up_for(folder: Path, lost: int | str) ->
     driver = Driver()
     for trial, value in zip(driver.trials[:2], (0.5, 0.1), strict=True):
         driver.course.begin(trial)
-        driver.course.result(trial, 1, value)
+        driver.result(trial, 1, value)
     text = (folder / RECORD).read_text()
     cut = len(text.splitlines(keepends=True)[-1]) if lost == "decision" else int(lost)
     (folder / RECORD).write_text(text[:-cut])
@@ -183,8 +147,8 @@ def test_nan_is_null_in_the_record_and_comes_back(folder: Path) -> None:
     driver = Driver()
     driver.course.begin(driver.trials[0])
     driver.course.begin(driver.trials[1])
-    assert driver.course.result(driver.trials[0], 1, math.nan)
-    assert driver.course.result(driver.trials[1], 1, 0.5)
+    assert driver.result(driver.trials[0], 1, math.nan)
+    assert driver.result(driver.trials[1], 1, 0.5)
 
     assert "NaN" not in (folder / RECORD).read_text()
     assert math.isnan(Driver().trials[0].evaluations[0][1])
@@ -192,14 +156,14 @@ def test_nan_is_null_in_the_record_and_comes_back(folder: Path) -> None:
 
 def test_ended_trials_stay_as_they_are_and_more_may_be_added() -> None:
     driver = Driver()
-    driver.run(random.Random(0), lambda number, epoch: 1 - number / 10)
+    driver.run(random.Random(0), lambda run, epoch: 1 - run.number / 10)
     for trial in driver.trials:
         driver.course.settle(trial)
 
     more = Driver("search.trials=10", "search.max_concurrent=2")
 
     assert outline(more.trials[:8]) == outline(driver.trials)
-    assert all(trial.settled and trial.in_mlflow for trial in more.trials[:8])
+    assert all(trial.settled for trial in more.trials[:8])
     assert [trial.name for trial in more.course.left] == ["trial-08", "trial-09"]
 
 
@@ -223,7 +187,7 @@ def test_what_was_settled_before_a_trial_went_on_is_to_be_settled_again() -> Non
     assert again.trials[0].settled
     again.course.begin(again.trials[0])
 
-    assert (again.trials[0].settled, again.trials[0].in_mlflow) == (False, True)
+    assert not again.trials[0].settled
 
 
 def test_a_driver_that_lost_the_search_writes_nothing(folder: Path) -> None:
@@ -235,7 +199,7 @@ def test_a_driver_that_lost_the_search_writes_nothing(folder: Path) -> None:
         raise UserError("another has it")
 
     with pytest.raises(UserError, match="another has it"):
-        Course(loaded.experiment, plan(loaded), Record(Storage(folder)), print, allowed=refuse)
+        Course(Plan(loaded), plan(loaded), Record(Storage(folder)), print, allowed=refuse).open()
     assert (folder / RECORD).read_text() == before
 
 
@@ -275,13 +239,13 @@ def test_a_decision_that_does_not_follow_from_the_results_is_named(folder: Path)
     driver = Driver()
     for trial, value in zip(driver.trials[:2], (0.5, 0.1), strict=True):
         driver.course.begin(trial)
-        driver.course.result(trial, 1, value)
+        driver.result(trial, 1, value)
     file = folder / RECORD
-    file.write_text(file.read_text().replace('"epoch": 1, "value": 0.5', '"epoch": 1, "value": 0.05'))
+    file.write_text(file.read_text().replace('"step": 10, "value": 0.5', '"step": 10, "value": 0.05'))
 
     message = refusal()
     assert "the decision about trial-01 at epoch 1 does not follow from the results before it: found " in message
-    assert '"values": [0.5], "cutoff": 0.5}, expected' in message
+    assert '"values": [0.5], "cutoff": 0.5, "reason": "rung", "spent": null}, expected' in message
 
 
 def test_a_damaged_line_is_named(folder: Path) -> None:
@@ -373,8 +337,8 @@ def test_a_record_is_kept_where_nothing_can_be_appended() -> None:
     storage = Storage("mock:///small")  # in memory
     storage._open()[0].create_dir("small")
     record = Record(storage)
-    record.add({"event": "started", "trial": "trial-00"})
-    record.add({"event": "resumed", "trial": "trial-00"})
+    record.add(stamped({"event": "started", "trial": "trial-00"}))
+    record.add(stamped({"event": "resumed", "trial": "trial-00"}))
 
     assert [event["event"] for event in Record(storage).events] == ["started", "resumed"]
     lines = storage.read(RECORD).decode().splitlines()

@@ -12,6 +12,14 @@ def test_a_worker_asks_for_its_threads_and_for_a_gpu_only_where_wanted():
     assert resources_per_worker(ScaleConfig(workers=3, threads=2, gpu=True)) == {"CPU": 2, "GPU": 1}
 
 
+def test_a_worker_of_a_kind_of_gpu_asks_for_what_ray_makes_of_it():
+    from ray.train import ScalingConfig
+
+    scale = ScaleConfig(gpu=True, accelerator_type="A10G")
+    config = ScalingConfig(use_gpu=True, resources_per_worker={"CPU": 1}, accelerator_type="A10G")
+    assert resources_per_worker(scale) == config._resources_per_worker_not_none
+
+
 def test_a_cluster_that_just_holds_the_workers_is_large_enough():
     check_resources({"CPU": 6.0, "GPU": 3.0, "memory": 1.0}, ScaleConfig(workers=3, threads=2, gpu=True))
 

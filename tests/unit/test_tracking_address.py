@@ -89,14 +89,6 @@ def test_another_server_than_mlflow_is_refused(tmp_path: Path, monkeypatch: pyte
             other.shutdown()
 
 
-def test_pages() -> None:
-    assert ui.runs_page("http://head:5000/", "7") == (
-        "http://head:5000/#/experiments/7/runs?workflowType=machine_learning"
-        "&orderByKey=metrics.%60student%2FAP%60&orderByAsc=false"
-    )
-    assert ui.run_page("http://head:5000", "7", "ab") == "http://head:5000/#/experiments/7/runs/ab"
-
-
 def test_serve_asks_for_a_store_and_a_port_that_can_be_used(tmp_path: Path) -> None:
     database = tmp_path / "mlflow.db"
     with socket.create_server(("127.0.0.1", 0)) as taken:

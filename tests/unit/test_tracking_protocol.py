@@ -6,7 +6,16 @@ import time
 import pytest
 from PIL import Image
 
-from mimiclab.tracking.protocol import MemoryTracker, Row, Tracker, as_key, check_picture, make_rows
+from mimiclab.tracking.protocol import (
+    MemoryTracker,
+    Row,
+    Table,
+    Tracker,
+    as_key,
+    check_picture,
+    is_measured,
+    make_rows,
+)
 
 
 def test_nothing_heavy_is_loaded_before_it_is_needed() -> None:
@@ -60,3 +69,24 @@ def test_memory_keeps_one_point_per_step_and_the_first_picture() -> None:
     assert as_tracker.unsent() == as_tracker.close(0) == []
     with pytest.raises(ValueError, match="picture key"):
         as_tracker.log_picture("val+a", 0, Image.new("RGB", (1, 1)))
+
+
+def test_what_is_measured_is_told_apart_from_what_is_computed() -> None:
+    measured = ("train/images_per_s", "train/memory_mb", "student/latency_ms", "run/restarts", "system/a/cpu")
+    computed = ("train/loss", "student/AP", "student/errors/missed", "train/lr", "epoch")
+    assert all(is_measured(key) for key in measured)
+    assert not any(is_measured(key) for key in computed)
+
+
+def test_a_table_is_json_that_every_reader_takes() -> None:
+    tracker = MemoryTracker()
+    tracker.log_table("a/b.json", Table(("class", "AP"), [("cell", 0.5), ("none", None)]))
+    tracker.set_tags({"a": "b"})
+    assert json.loads(tracker.files["a/b.json"]) == {
+        "columns": ["class", "AP"],
+        "data": [["cell", 0.5], ["none", None]],
+    }
+    assert tracker.tags == {"a": "b"}
+    for name in ("/a.png", "../a.png", "a~b.png", "größe.png"):
+        with pytest.raises(ValueError, match="file name"):
+            tracker.log_file(name, b"")

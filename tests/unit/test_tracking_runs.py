@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from mimiclab.errors import UserError
+from mimiclab.storage import Storage
 from mimiclab.tracking import runs
 from mimiclab.tracking.client import connect
-from mimiclab.tracking.protocol import Row
+from mimiclab.tracking.protocol import Row, Table
 from mimiclab.tracking.writer import MlflowTracker, _end_of_steps, _send_rows
 
 
@@ -30,6 +32,17 @@ def run_id(uri: str, request: pytest.FixtureRequest) -> str:
 
 def points(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in connect(uri).get_metric_history(run_id, key)]
+
+
+def artifacts(uri: str, run_id: str) -> Path:
+    return Path(uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts" / run_id / "artifacts"
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def train(tracker: MlflowTracker, first: int, last: int) -> None:
@@ -128,9 +141,7 @@ def test_a_deleted_project_is_named(uri: str) -> None:
         runs.open_run(uri, "gone", "a", "abc", {}, {})
 
 
-def test_inputs_and_files_are_stored_once_next_to_the_database(
-    uri: str, run_id: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_inputs_and_texts_are_stored_once_next_to_the_database(uri: str, run_id: str) -> None:
     for _ in range(2):
         runs.log_dataset_input(uri, run_id, "bccd", "0" * 64, "/data/train.json", "train")
         runs.log_text(uri, run_id, "name: größe")
@@ -140,17 +151,94 @@ def test_inputs_and_files_are_stored_once_next_to_the_database(
     assert json.loads(dataset.dataset.source) == {"uri": "/data/train.json"}
     assert [(tag.key, tag.value) for tag in dataset.tags] == [("mlflow.data.context", "train")]
 
-    (tmp_path / "weights").mkdir()
-    (tmp_path / "weights" / "a.txt").write_text("a")
-    tracker = MlflowTracker(uri, run_id)
-    tracker.log_artifact(tmp_path / "weights", "best")
-    tracker.log_artifact(tmp_path / "weights" / "a.txt")
-    tracker.log_artifact(tmp_path / "never made")
-    assert tracker.close(30) == []
-    assert "never made was gone" in caplog.text
-    stored = Path(uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts" / run_id / "artifacts"
+    stored = artifacts(uri, run_id)
     assert (stored / "experiment.yaml").read_text() == "name: größe"
-    assert (stored / "a.txt").read_text() == (stored / "best" / "a.txt").read_text() == "a"
+
+
+def test_a_file_takes_the_place_of_an_earlier_one_and_is_made_when_it_is_sent(
+    uri: str, run_id: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[str] = []
+
+    def make() -> bytes:
+        made.append(threading.current_thread().name)
+        return b"new"
+
+    def broken() -> bytes:
+        raise UserError("4.png: cannot be read")
+
+    tracker = MlflowTracker(uri, run_id)
+    for content in (b"old", b"older", make):
+        tracker.log_file("evaluation/worst/1.png", content)
+    tracker.log_file("top.txt", b"top")
+    tracker.log_file("evaluation/worst/2.png", broken)
+    assert tracker.close(30) == []
+    assert tracker.unsent_files() == 0
+    assert made == ["mlflow-writer"]
+    assert (artifacts(uri, run_id) / "evaluation" / "worst" / "1.png").read_bytes() == b"new"
+    assert (artifacts(uri, run_id) / "top.txt").read_bytes() == b"top"
+    assert "evaluation/worst/2.png could not be made (4.png: cannot be read)" in caplog.text
+
+
+def test_tables_are_named_to_mlflow_s_pages(uri: str, run_id: str) -> None:
+    for name in ("a/errors.json", "a/classes.json"):  # by two processes
+        tracker = MlflowTracker(uri, run_id)
+        for _ in range(2):
+            tracker.log_table(name, Table(("class", "AP"), [["cell", 0.5], ["none", None]]))
+        tracker.log_table("a/worst.json", Table(("image",), []))
+        assert tracker.close(30) == []
+    client = connect(uri)
+    tag = json.loads(client.get_run(run_id).data.tags["mlflow.loggedArtifacts"])
+    assert sorted(each["path"] for each in tag) == ["a/classes.json", "a/errors.json", "a/worst.json"]
+    assert {each["type"] for each in tag} == {"table"}
+    content = json.loads((artifacts(uri, run_id) / "a" / "errors.json").read_text())
+    assert content == {"columns": ["class", "AP"], "data": [["cell", 0.5], ["none", None]]}
+
+
+def test_tags_wait_for_the_server_and_the_last_value_counts(uri: str, run_id: str) -> None:
+    tracker = MlflowTracker(uri, run_id)
+    tracker.set_tags({"host.cpu": "a", "device": "cpu"})
+    tracker.set_tags({"host.cpu": "b"})
+    assert tracker.close(30) == []
+    tags = connect(uri).get_run(run_id).data.tags
+    assert (tags["host.cpu"], tags["device"]) == ("b", "cpu")
+
+
+def test_what_the_server_does_not_take_waits_in_the_run_s_folder(uri: str, run_id: str, tmp_path: Path) -> None:
+    spool = Storage(tmp_path / "unsent")
+    tracker = MlflowTracker("http://127.0.0.1:9", run_id, spool=spool)  # nobody answers there
+    tracker.log_picture("val/a b", 3, Image.new("RGB", (32, 24), "red"))
+    tracker.log_file("evaluation/a.png", b"old")
+    wait_for(lambda: len(spool.sizes()) == 2)  # before the end: the process may be killed
+    tracker.log_file("evaluation/a.png", lambda: b"new")
+    tracker.log_table("evaluation/b.json", Table(("a",), [[1]]))
+    tracker.close(0.1)
+    assert tracker.unsent_files() == 3
+    assert len(spool.sizes()) == 3
+
+    tracker = MlflowTracker(uri, run_id, spool=spool)
+    assert tracker.close(30) == []
+    assert tracker.unsent_files() == 0
+    assert spool.sizes() == {}
+    assert (artifacts(uri, run_id) / "evaluation" / "a.png").read_bytes() == b"new"
+    assert json.loads((artifacts(uri, run_id) / "evaluation" / "b.json").read_text())["data"] == [[1]]
+    assert "b.json" in connect(uri).get_run(run_id).data.tags["mlflow.loggedArtifacts"]
+    (picture,) = (f.path for f in connect(uri).list_artifacts(run_id, "images") if f.path.endswith(".png"))
+    assert picture.startswith("images/val~a b+step+3+")
+
+
+def test_a_file_made_anew_takes_the_place_of_one_that_waits_in_the_folder(
+    uri: str, run_id: str, tmp_path: Path
+) -> None:
+    spool = Storage(tmp_path / "unsent")
+    before = MlflowTracker("http://127.0.0.1:9", run_id, spool=spool)
+    before.log_file("a.txt", b"old")
+    before.close(0.1)
+    tracker = MlflowTracker(uri, run_id, spool=spool)
+    tracker.log_file("a.txt", b"new")
+    assert tracker.close(30) == []
+    assert (artifacts(uri, run_id) / "a.txt").read_bytes() == b"new"
+    assert spool.sizes() == {}
 
 
 def test_a_store_is_made_without_chatter_or_files_elsewhere(tmp_path: Path) -> None:

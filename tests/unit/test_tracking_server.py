@@ -1,5 +1,6 @@
 """A real MLflow server on a loopback port that goes away in the middle of a run and comes back."""
 
+import json
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from mimiclab.errors import UserError
-from mimiclab.tracking import runs, ui
+from mimiclab.tracking import pages, runs, ui
 from mimiclab.tracking.client import connect
 from mimiclab.tracking.writer import MlflowTracker
 
@@ -96,9 +97,9 @@ def test_nothing_is_missing_and_nothing_twice_after_an_outage(
 
     show = start_ui(store, free_port)
     try:
-        link = read_until(show, "runs: ")
+        link = read_until(show, "leaderboard: ")
         experiment_id = connect(store).get_experiment_by_name("cells").experiment_id
-        assert link.strip() == f"runs: {ui.runs_page(uri, experiment_id)}"
+        assert link.strip() == f"leaderboard: {pages.shared_view_page(uri, experiment_id, 'leaderboard')}"
 
         took += train(tracker, 61, 80)
         tracker.log_metrics(80, {"student/AP": float("inf"), "teacher/AP": float("nan")})
@@ -128,3 +129,42 @@ def test_nothing_is_missing_and_nothing_twice_after_an_outage(
     # A machine that is busy may pause a process; a call that waits for the server takes seconds.
     assert sorted(took)[int(0.95 * len(took))] < 0.005
     assert max(took) < 0.25
+
+
+WRITER = """
+import sys
+from mimiclab.tracking.protocol import Table
+from mimiclab.tracking.runs import open_run
+from mimiclab.tracking.writer import MlflowTracker
+
+uri, name = sys.argv[1:]
+run_id = open_run(uri, "cells", f"trial {name}", name, {"optim.lr": name}, {})
+tracker = MlflowTracker(uri, run_id)
+for step in range(1, 201):
+    tracker.log_metrics(step, {f"train/{i}": step + i / 10 for i in range(20)})
+tracker.log_table("evaluation/errors.json", Table(("trial",), [[name]]))
+left = tracker.close(120)
+assert not left and not tracker.unsent_files(), (len(left), tracker.unsent_files())
+print(run_id)
+"""
+
+
+@pytest.mark.slow
+def test_eight_processes_that_log_at_once_lose_nothing(tmp_path: Path, free_port: int) -> None:
+    uri = f"http://127.0.0.1:{free_port}"
+    with ui.server(f"sqlite:///{tmp_path}/mlflow.db", free_port):
+        processes = [
+            subprocess.Popen([sys.executable, "-c", WRITER, uri, str(number)], stdout=subprocess.PIPE, text=True)
+            for number in range(8)
+        ]
+        run_ids = [process.communicate(timeout=300)[0].strip() for process in processes]
+        assert [process.returncode for process in processes] == [0] * 8
+
+        client = connect(uri)
+        for number, run_id in enumerate(run_ids):
+            for i in (0, 7, 19):
+                history = client.get_metric_history(run_id, f"train/{i}")
+                assert [(row.step, row.value) for row in history] == [(s, s + i / 10) for s in range(1, 201)], run_id
+            assert len(client.get_run(run_id).data.metrics) == 20
+            table = client.download_artifacts(run_id, "evaluation/errors.json", str(tmp_path))
+            assert json.loads(Path(table).read_text())["data"] == [[str(number)]]

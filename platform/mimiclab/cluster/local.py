@@ -97,9 +97,10 @@ def up(
     try:
         say(f"starting a head at {nodes.cluster.head}, its files in {folder}")
         _wait_for(lambda: _is_silent(head), "its head", starter, nodes.cluster, say)
+        nodes.wait_alive(HEAD)  # a node that does not find it there gives up
         started = [nodes.start(num_cpus=cpus_per_node) for _ in range(num_nodes)]
         _wait_for(lambda: _takes_no_jobs(nodes.cluster, agent), "its job server", starter, nodes.cluster, say)
-        for name in (HEAD, *started):
+        for name in started:
             nodes.wait_alive(name)
     except BaseException:
         end(nodes.cluster)
@@ -139,8 +140,8 @@ def down(say: Callable[[str], None]) -> bool:
 
 def end(cluster: LocalCluster) -> int:
     """End what is left of a cluster, forget it and remove its folder; return how many processes there were."""
-    processes = tree(cluster.running())
     starters = cluster.starters()
+    processes = tree([*cluster.running(), *starters])  # a node that was just starting is not among the former
     # They end the others in good order; as a rule nothing is left after them.
     for some, action in (
         (starters, psutil.Process.terminate),

@@ -38,7 +38,7 @@ OBJECT_STORE_BYTES = 150_000_000
 
 _AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 _RPC_S = 5.0
-_START_TIMEOUT_S = 60.0
+_START_TIMEOUT_S = 180.0
 _KILL_TIMEOUT_S = 10.0
 _POLL_S = 0.1
 
@@ -153,7 +153,7 @@ class Nodes:
         """Start a node and wait until Ray knows it; see `start`.
 
         Raises:
-            RuntimeError: it ended, or Ray does not know it within a minute; with the end of its output.
+            RuntimeError: it ended, or Ray does not know it within three minutes; with the end of its output.
         """
         return self.wait_alive(self.start(num_cpus=num_cpus, labels=labels, resources=resources))
 
@@ -161,7 +161,7 @@ class Nodes:
         """Wait until Ray knows a node that was started.
 
         Raises:
-            RuntimeError: it ended, or Ray does not know it within a minute; with the end of its output.
+            RuntimeError: it ended, or Ray does not know it within three minutes; with the end of its output.
         """
 
         def known() -> Node | None:

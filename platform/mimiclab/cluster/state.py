@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -100,12 +101,11 @@ def running() -> LocalCluster | None:
 def running_at(address: str) -> LocalCluster | None:
     """The cluster on this machine that has that address; this process then has Ray's settings for it.
 
-    To be called before Ray is imported, which reads them once. What the user has set comes first.
+    What the user has set comes first.
     """
     for cluster in _all():
         if address in (cluster.head, cluster.job_server) and cluster.running():
-            for name, value in cluster.environment.items():
-                os.environ.setdefault(name, value)
+            _apply(cluster.environment)
             return cluster
     return None
 
@@ -136,6 +136,20 @@ def find(known: ProcessId) -> psutil.Process | None:
     except psutil.NoSuchProcess:
         return None
     return process if same and is_alive(process) else None
+
+
+def _apply(environment: Mapping[str, str]) -> None:
+    """Give this process the settings of Ray that it has no others for."""
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    if "ray" not in sys.modules:
+        return
+    from ray._raylet import AuthenticationMode, Config, get_authentication_mode  # type: ignore[attr-defined]
+
+    # Ray reads its settings when it is imported. One that was before would send no token, and be refused for ever.
+    wanted = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+    if wanted != (get_authentication_mode() == AuthenticationMode.TOKEN):
+        Config.initialize("")
 
 
 def _found(known: Iterable[ProcessId]) -> list[psutil.Process]:

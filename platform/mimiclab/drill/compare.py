@@ -13,15 +13,13 @@ from torch import Tensor
 
 from mimiclab.checkpoint import Checkpoint
 from mimiclab.tracking.client import connect
+from mimiclab.tracking.protocol import is_measured
 
 History = Mapping[str, Sequence[tuple[int, float]]]
 """(step, value) of every row of each series, in order."""
 
 FROM_THE_STEP = ("train/lr", "epoch")
 """Series that are a function of the step alone, whatever the number of workers."""
-
-_RESTARTS = "run/"
-_TIMES = ("images_per_s", "data_wait")
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def read_history(tracking: str, mlflow_run_id: str) -> dict[str, list[tuple[int,
     return {
         key: [(row.step, row.value) for row in client.get_metric_history(mlflow_run_id, key)]
         for key in keys
-        if not key.startswith(_RESTARTS) and key.rpartition("/")[2] not in _TIMES
+        if not is_measured(key)
     }
 
 

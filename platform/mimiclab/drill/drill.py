@@ -253,7 +253,7 @@ def _keep(findings: Findings, undisturbed: Experiment, disturbed: Experiment, co
     draw_timeline(files[1], f"{run.name}: {findings.num_steps} steps", steps, findings.story)
     tracker = MlflowTracker(run.tracking, run.mlflow_run_id)
     for file in files:
-        tracker.log_artifact(file, "drill")
+        tracker.log_file(f"drill/{file.name}", file.read_bytes())
     tracker.close(_SEND_S)
     show(findings, console)
     for name, where in (
@@ -310,7 +310,7 @@ def _made_of(splits: Splits) -> bytes:
 def _clear(experiment: Experiment, splits: Splits) -> None:
     """Make the folder of a run an empty one, and have MLflow begin a new run."""
     storage = runs.storage_of(experiment)
-    with Lease.take(storage, experiment.name, lambda _: None):
+    with Lease.take(storage, experiment.name):
         storage.write(_MARK, _made_of(splits))
         runs.prepare(experiment, fresh=True)
         uri = tracking.absolute_uri(experiment.where.tracking)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -21,19 +22,23 @@ class Decision:
 
     go_on: bool
     rung: int | None = None
-    """Epochs of the rung at which the trial was compared; None where it was at none."""
+    """Epochs or steps of the rung at which the trial was compared; None where it was at none."""
     values: tuple[float, ...] = ()
     """What other trials had there, in the order of their arrival."""
     cutoff: float | None = None
     """What the trial's value was compared with; None where nobody was there before it."""
+    reason: Literal["rung", "budget"] | None = None
+    """What stops it: that it is among the worse ones at the rung, or that the search's budget is spent."""
+    spent: float | None = None
+    """GPU- or core-hours of the search so far, where the budget stops it."""
 
 
 class Asha:
     """The rungs of one search.
 
     Args:
-        max_t: the last epoch of a trial; one that reaches it ends by itself.
-        grace_period: epochs up to the first rung.
+        max_t: the last epoch, or step, of a trial; one that reaches it ends by itself.
+        grace_period: epochs, or steps, up to the first rung.
         reduction_factor: each rung is so many times as far as the one before; about one in so many goes on.
         mode: "max" or "min", which values are the better ones.
     """
@@ -46,18 +51,18 @@ class Asha:
 
     @property
     def rungs(self) -> tuple[int, ...]:
-        """In epochs, the first one first."""
+        """In epochs or steps, the first one first."""
         return tuple(self._rungs)
 
-    def decide(self, trial: str, epoch: int, value: float) -> Decision:
+    def decide(self, trial: str, reached: int, value: float) -> Decision:
         """Take a result in, and say whether its trial goes on.
 
         The trial is compared at the highest rung that it has reached and was not compared at before, which is a rung
-        below its epoch where evaluations skip some. NaN neither stops a trial nor counts for others.
+        below its epoch or step where evaluations skip some. NaN neither stops a trial nor counts for others.
         """
-        if epoch >= self._max_t:
+        if reached >= self._max_t:
             return Decision(go_on=True)
-        rung = next((r for r in reversed(self._rungs) if epoch >= r and trial not in self._rungs[r]), None)
+        rung = next((r for r in reversed(self._rungs) if reached >= r and trial not in self._rungs[r]), None)
         if rung is None:
             return Decision(go_on=True)
         values = tuple(self._rungs[rung].values())
@@ -66,7 +71,8 @@ class Asha:
         if not known:
             return Decision(True, rung, values)
         cutoff = float(np.percentile(known, (1 - 1 / self._factor) * 100))
-        return Decision(not self._sign * value < cutoff, rung, values, self._sign * cutoff)
+        go_on = not self._sign * value < cutoff
+        return Decision(go_on, rung, values, self._sign * cutoff, None if go_on else "rung")
 
 
 def _rungs(max_t: int, grace_period: int, reduction_factor: int) -> Iterator[int]:

@@ -4,17 +4,20 @@
     record.jsonl      what happened, see record.py; from it the same command goes on
     search.yaml       the resolved experiment with its search
     best.yaml         the best trial's experiment, for `mimiclab train`
+    report/           see report.py
     tune/             Ray Tune's own record
     .lease.json       who drives it now, see lease.py
 <storage>/<search>-trial-00/ ...
-                      a run for each trial, see runs.py
+                      a run for each trial, see runs.py; -seed-1 and so on of those that repeat it
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -22,23 +25,37 @@ from mimiclab import runs
 from mimiclab.errors import UserError
 from mimiclab.experiment import LoadedExperiment, flatten, identity, resolved_yaml
 from mimiclab.lease import Lease
-from mimiclab.schema import Experiment
+from mimiclab.schema import DataConfig, Experiment, Workers
+from mimiclab.search.alone import needs_one_process
+from mimiclab.search.budget import unit
 from mimiclab.search.course import Course
 from mimiclab.search.earlier import BEST, SEARCH, TUNE, read_record, remove, search_identity, wait_for_drivers
-from mimiclab.search.results import best_experiment, note, ranking_table
-from mimiclab.search.trials import Outcome, Trial, plan, ranked
+from mimiclab.search.metric import name_of
+from mimiclab.search.proposals import check_optuna
+from mimiclab.search.record import Record
+from mimiclab.search.report import REPORT, TEXT, write_report
+from mimiclab.search.results import best_experiment, note, ranking_table, spent_text
+from mimiclab.search.trials import Outcome, Plan, Trial, ranked, resources_of, scale_of, with_repeats
+from mimiclab.search.watch import SearchView
 from mimiclab.session import ray_session, resources_per_worker
 from mimiclab.storage import Storage
 from mimiclab.tracking import runs as tracking
 from mimiclab.tracking import searches
+from mimiclab.tracking.writer import MlflowTracker
+
+if TYPE_CHECKING:
+    from mimiclab.data.order import Order
+    from mimiclab.data.splits import Splits
 
 # How long each trial's last metrics may take to reach the tracking server, seconds.
 _SEND_TIMEOUT_S = 60.0
-# A run that ASHA stopped is one that was killed; the tag `trial.outcome` tells the two apart.
+# A run that was stopped is one that was killed; the tag `trial.outcome` tells why.
 _STATUS: dict[Outcome, tuple[runs.Status, searches.Status]] = {
     "finished": ("finished", "FINISHED"),
     "pruned": ("killed", "KILLED"),
+    "out of budget": ("killed", "KILLED"),
     "killed": ("killed", "KILLED"),
+    "preempted": ("failed", "FAILED"),
     "failed": ("failed", "FAILED"),
 }
 
@@ -71,53 +88,54 @@ def search(
     """
     from mimiclab.data.splits import locate, read_splits
 
-    experiment = loaded.experiment
-    trials = plan(loaded)
-    config = experiment.search
-    assert config is not None  # plan needs it too
+    plan = Plan(loaded, _order_of)
+    experiment, config = plan.experiment, plan.config
+    if config.algorithm == "optuna":
+        check_optuna()
+    trials = plan.trials()
     tracking.check_tracking(experiment.where.tracking)
     uri = tracking.absolute_uri(experiment.where.tracking)
-    # Trials that run side by side find their data made.
-    read_splits(locate(experiment.data))
+    read_splits(locate(experiment.data))  # trials that run side by side find their data made
     folder = runs.storage_of(experiment)
-    work = True
-    if not fresh:
-        ended = {e["trial"] for e in read_record(experiment, trials, folder).events if e["event"] == "ended"}
-        work = len(ended) < len(trials)
-    session = ray_session(address, experiment.scale, verbose=verbose, state_api=True)
+    work = fresh or not Course(plan, trials, read_record(plan, trials, folder), say=lambda _: None).is_over
 
-    with contextlib.ExitStack() as leases:
-        parent = course = None
+    with contextlib.ExitStack() as stack:
+        parent = course = record = tracker = None
         status: searches.Status = "FAILED"
         try:
-            with session if work else contextlib.nullcontext():
-                lease = leases.enter_context(Lease.take(folder, experiment.name))
+            with _session(experiment, address, verbose=verbose) if work else contextlib.nullcontext():
+                lease = stack.enter_context(Lease.take(folder, experiment.name, kind="search"))
+                trials = plan.trials()
                 if fresh:
                     wait_for_drivers(trials, console)
                     remove(experiment, trials, folder, uri)
-                course = Course(
-                    experiment,
-                    trials,
-                    read_record(experiment, trials, folder),
-                    say=lambda text: console.print(text, highlight=False, markup=False),
-                    allowed=lambda: _refuse_if_lost(lease),
-                )
+                record = read_record(plan, trials, folder)
+                view = SearchView(console, record)
+                heard = lease.before.heartbeat if lease.before and record.events else None
+                course = Course(plan, trials, record, view.say, lambda: _refuse_if_lost(lease), heard)
                 _write(folder, SEARCH, resolved_yaml(experiment))
-                parent = _open_parent(experiment, trials, uri)
-                if course.left:
-                    _run(experiment, trials, course, folder, parent, console, verbose=verbose)
-                else:
+                parent = _open_parent(plan, trials, uri)
+                tracker = MlflowTracker(uri, parent)
+                course.open(_history(plan, tracker))
+                if not course.is_over:
+                    with view:
+                        _run(plan, trials, course, folder, parent, console, verbose=verbose)
+                elif not course.is_spent:
                     console.print(f"search {experiment.name} is complete; --fresh starts it anew", highlight=False)
-            status = "FAILED" if all(trial.outcome == "failed" for trial in trials) else "FINISHED"
+            failed = all(trial.outcome in ("failed", "preempted") for trial in trials)
+            status = "FAILED" if failed else "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
             console.print("stopped; the same command goes on")
             raise
         finally:
+            if tracker is not None:
+                tracker.close(_SEND_TIMEOUT_S)
             # Only now, when no trial's process is left that could write another status.
-            if parent is not None and course is not None and lease.lost is None:
+            if parent is not None and course is not None and record is not None and lease.lost is None:
                 _settle(trials, course, uri, parent)
-                _conclude(experiment, ranked(trials, config.mode), uri, parent, status, folder, console)
+                _conclude(plan, ranked(trials, config.mode), course.spent, uri, parent, status, folder, console)
+                _report(record, folder, uri, parent, console)
     if status == "FAILED":
         raise UserError(
             f"search {experiment.name}: every trial failed; their tracebacks are in {folder.name}/{TUNE}/*/error.txt"
@@ -130,16 +148,48 @@ def num_concurrent(experiment: Experiment, found: Mapping[str, float], num_trial
 
     Ray knows of one trial's needs at a time only.
     """
-    config, scale = experiment.search, experiment.scale
+    config = experiment.search
     assert config is not None
-    needed = resources_per_worker(scale)
-    fitting = min(int(found.get(kind, 0) // (scale.workers.max * each)) for kind, each in needed.items())
+    fitting = min(int(found.get(kind, 0) // each) for kind, each in resources_of(experiment).items())
     wanted = num_trials if config.max_concurrent == "auto" else min(config.max_concurrent, num_trials)
     return max(1, min(wanted, fitting))
 
 
+def check_room(experiment: Experiment, found: Mapping[str, float]) -> None:
+    """Make sure that a cluster of these resources can ever hold `search.workers_per_trial`.
+
+    Raises:
+        UserError: it cannot; the message names what lacks.
+    """
+    assert experiment.search is not None
+    num = experiment.search.workers_per_trial
+    for kind, each in resources_per_worker(experiment.scale).items() if num else ():
+        assert num is not None
+        if num * each > found.get(kind, 0):
+            raise UserError(
+                f"search.workers_per_trial: {num} workers of {each:g} {kind} each need {num * each:g}, found "
+                f"{found.get(kind, 0):g} in the cluster; expected fewer workers per trial or a larger cluster"
+            )
+
+
+@contextlib.contextmanager
+def _session(experiment: Experiment, address: str | None, *, verbose: bool) -> Iterator[None]:
+    """A connection to a cluster that can hold a trial."""
+    assert experiment.search is not None
+    scale = experiment.scale
+    if experiment.search.workers_per_trial is not None:  # whose own message names what the user wrote
+        scale = scale.model_copy(update={"workers": Workers(min=1, max=1)})
+    # Where nothing of Ray Train is started there is nothing for it to clean up.
+    alone = needs_one_process(scale_of(experiment))
+    with ray_session(address, scale, verbose=verbose, state_api=not alone):
+        import ray
+
+        check_room(experiment, ray.cluster_resources())
+        yield
+
+
 def _run(
-    experiment: Experiment,
+    plan: Plan,
     trials: Sequence[Trial],
     course: Course,
     folder: Storage,
@@ -153,27 +203,54 @@ def _run(
 
     from mimiclab.search import tuning
 
-    assert experiment.search is not None
-    left = course.left
-    wait_for_drivers([trial for trial in left if trial.begun], console)
-    concurrent = num_concurrent(experiment, ray.cluster_resources(), len(left))
-    ended = f", {len(trials) - len(left)} of them ended before" if len(left) < len(trials) else ""
+    wait_for_drivers([run for run in course.left if run.begun], console)
+    waiting = [run for run in with_repeats(trials) if run.outcome == "waiting"]
+    concurrent = num_concurrent(plan.experiment, ray.cluster_resources(), len(waiting))
+    num = sum(trial.outcome != "waiting" for trial in trials)
+    ended = f", {num} of them ended before" if num else ""
     console.print(f"{len(trials)} trials{ended}, {concurrent} at a time", highlight=False)
-    tuning.run_trials(trials, course, experiment.search, folder, parent=parent, concurrent=concurrent, verbose=verbose)
+    scale = scale_of(plan.experiment)
+    tuning.run_trials(course, scale, folder, parent=parent, concurrent=concurrent, verbose=verbose)
 
 
-def _open_parent(experiment: Experiment, trials: Sequence[Trial], uri: str) -> str:
+def _open_parent(plan: Plan, trials: Sequence[Trial], uri: str) -> str:
     """The search's run in MLflow, a new one or that of an earlier driver."""
+    experiment = plan.experiment
+    params = {key: str(value) for key, value in flatten(experiment).items() if key.startswith("search.")}
+    # The terms of a sum are names that a parameter's may not hold.
+    params = {key: value for key, value in params.items() if not key.startswith("search.metric")}
     parent = searches.open_search(
         uri,
         experiment.where.project,
         experiment.name,
         search_identity(experiment),
-        params={key: str(value) for key, value in flatten(experiment).items() if key.startswith("search.")},
+        params={"search.metric": name_of(plan.config.metric), **params},
         note=note(experiment, len(trials)),
     )
     tracking.log_text(uri, parent, resolved_yaml(experiment))
     return parent
+
+
+def _history(plan: Plan, tracker: MlflowTracker) -> Callable[[int, float], None]:
+    """What keeps the history of the best value so far; it is sent from another thread, about once a second."""
+    metric = plan.config.metric
+    key = searches.best_key(name_of(metric), is_sum=not isinstance(metric, str))
+    return lambda step, value: tracker.log_metrics(step, {key: value})
+
+
+def _order_of(experiment: Experiment) -> Order:
+    from mimiclab.data.order import training_order
+
+    # Read once, however its images are then shown.
+    made_of = experiment.data.model_dump_json(include={"train", "val", "scenes", "cache", "cache_gb"})
+    return training_order(_read(made_of).train, experiment)
+
+
+@lru_cache(maxsize=4)
+def _read(data: str) -> Splits:
+    from mimiclab.data.splits import locate, read_splits
+
+    return read_splits(locate(DataConfig.model_validate_json(data)))
 
 
 def _refuse_if_lost(lease: Lease) -> None:
@@ -197,7 +274,7 @@ def _how_to_train(folder: Storage) -> str:
 
 def _settle(trials: Sequence[Trial], course: Course, uri: str, parent: str) -> None:
     """Record how each trial stands, since not all could do it themselves: ASHA kills what it prunes."""
-    for trial in trials:
+    for trial in with_repeats(trials):
         if not trial.begun or trial.settled:
             continue
         if trial.outcome in ("waiting", "running"):
@@ -208,8 +285,7 @@ def _settle(trials: Sequence[Trial], course: Course, uri: str, parent: str) -> N
             run = run.with_status(status)
             _send_rest(run)
         run_id = run.mlflow_run_id if run else _open_run(trial.experiment, uri, parent)
-        values = {} if trial.in_mlflow else trial.values
-        searches.end_trial(uri, run_id, trial.outcome, mlflow_status, values, trial.error)
+        searches.end_trial(uri, run_id, trial.outcome, mlflow_status, trial.values, trial.error)
         course.settle(trial)
 
 
@@ -224,7 +300,6 @@ def _send_rest(run: runs.Run) -> None:
     """Send the metrics that the last checkpoint holds and that the tracking server had not acknowledged."""
     from mimiclab import checkpoint
     from mimiclab.tracking.protocol import Row
-    from mimiclab.tracking.writer import MlflowTracker
 
     newest = checkpoint.latest(run.checkpoints, warn=lambda _: None, deep=False)
     if newest is not None and newest.meta["unsent"]:
@@ -233,8 +308,9 @@ def _send_rest(run: runs.Run) -> None:
 
 
 def _conclude(
-    experiment: Experiment,
+    plan: Plan,
     ranking: Sequence[Trial],
+    spent: float,
     uri: str,
     parent: str,
     status: searches.Status,
@@ -244,18 +320,29 @@ def _conclude(
     """Show and record what the search found so far."""
     from mimiclab.tracking.ui import place_of
 
-    config = experiment.search
-    assert config is not None
-    best = ranking[0].best(config.mode)
-    found = (ranking[0].name, config.metric, best[1]) if best else None
-    searches.end_search(uri, parent, status, found, note(experiment, len(ranking), ranking))
+    experiment, config = plan.experiment, plan.config
+    best = ranking[0] if ranking[0].scores(config.mode) else None
+    metrics = {f"spent/{unit(gpu=experiment.scale.gpu)}": spent}
+    text = note(experiment, len(ranking), ranking, spent)
+    searches.end_search(uri, parent, status, best.name if best else None, metrics, text)
     console.print(ranking_table(ranking, config, f"{experiment.name}, the best first"))
-    for trial in ranking:
+    for trial in with_repeats(ranking):
         if trial.error is not None:
             console.print(f"{trial.name} {trial.outcome}: {trial.error}", highlight=False, markup=False)
+    console.print(f"budget:   {spent_text(experiment, spent)}", highlight=False)
     if best is not None:
-        text = best_experiment(experiment, ranking[0], len(ranking))
+        text = best_experiment(experiment, best, len(ranking))
         _write(folder, BEST, text)
         tracking.log_text(uri, parent, text, BEST)
         console.print(f"best:     {_how_to_train(folder)}", highlight=False)
     console.print(f"MLflow:   {place_of(uri, parent)}", highlight=False)
+
+
+def _report(record: Record, folder: Storage, uri: str, parent: str, console: Console) -> None:
+    """Write the report; it can be made anew from the record at any time."""
+    try:
+        write_report(record.events, folder, (uri, parent))
+    except UserError as error:
+        console.print(f"warning: the report: {error}", highlight=False, markup=False)
+    else:
+        console.print(f"report:   {folder.where(f'{REPORT}/{TEXT}')}", highlight=False)

@@ -18,9 +18,11 @@ from mimiclab.errors import UserError
 from mimiclab.experiment import differences, flatten, identity, load_experiment
 from mimiclab.lease import STALE_S, last_holder
 from mimiclab.schema import Experiment
+from mimiclab.search.budget import run_of
 from mimiclab.search.course import plan_event
 from mimiclab.search.record import RECORD, Event, Record, check
-from mimiclab.search.trials import Trial
+from mimiclab.search.report import REPORT
+from mimiclab.search.trials import Plan, Trial, with_repeats
 from mimiclab.storage import Storage
 from mimiclab.tracking import runs as tracking
 
@@ -30,6 +32,8 @@ SEARCH, BEST, TUNE = "search.yaml", "best.yaml", "tune"
 # Processes of a driver that was killed end within seconds; of those on other machines that is known later.
 _PATIENCE_S = STALE_S + 30.0
 _POLL_S = 0.5
+# How much is tried, and how fast: nothing of what was found so far depends on these.
+_FREE = {f"search.{key}" for key in ("trials", "max_concurrent", "budget", "workers_per_trial", "seeds_per_trial")}
 
 
 def search_identity(experiment: Experiment) -> str:
@@ -38,30 +42,30 @@ def search_identity(experiment: Experiment) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def read_record(experiment: Experiment, trials: Sequence[Trial], folder: Storage) -> Record:
+def read_record(plan: Plan, trials: Sequence[Trial], folder: Storage) -> Record:
     """The record of the search in a folder, empty where there is none; this search may go on with it.
 
     Raises:
         UserError: the folder, or that of a trial, holds something else, or a search that is not this one, or a record
             from which its decisions do not follow, or cannot be read.
     """
-    root = runs.root_of(experiment)
+    root = runs.root_of(plan.experiment)
     try:
         found, folders = folder.sizes(), root.folders()
     except UserError as error:
         raise UserError(f"where.storage: {error}") from error
     record = Record(folder)
-    name = f"search {experiment.name}"
+    name = f"search {plan.experiment.name}"
     strange = []
     if record.events:
-        _refuse_changes(name, record.events, experiment, trials)
+        _refuse_changes(name, record.events, plan, trials)
         check(record, name)
     elif SEARCH in found:  # of a version that kept no record
         strange = [folder.where(SEARCH)]
     elif any(not file.startswith(".") and file != RECORD for file in found):
         raise UserError(f"{name}: {folder.name} holds something that is no search; expected another name")
-    begun = {event["trial"] for event in record.events if "trial" in event}
-    others = [trial.experiment.name for trial in trials if trial.name not in begun]
+    begun = {run_of(event) for event in record.events if "trial" in event}
+    others = [run.experiment.name for run in with_repeats(trials) if run.name not in begun]
     strange += [root.where(each) for each in others if each in folders]
     if strange:
         raise UserError(
@@ -79,7 +83,7 @@ def wait_for_drivers(trials: Sequence[Trial], console: Console) -> None:
     """
     deadline = time.monotonic() + _PATIENCE_S
     said = False
-    for trial in trials:
+    for trial in with_repeats(trials):
         storage = runs.storage_of(trial.experiment)
         while (holder := last_holder(storage)) is not None and holder.is_alive():
             if time.monotonic() > deadline:
@@ -96,13 +100,13 @@ def wait_for_drivers(trials: Sequence[Trial], console: Console) -> None:
 def remove(experiment: Experiment, trials: Sequence[Trial], folder: Storage, uri: str) -> None:
     """Remove an earlier search of this name with its trials; what MLflow has of it stays there as history."""
     root, project = runs.root_of(experiment), experiment.where.project
-    own = re.compile(re.escape(experiment.name) + r"-trial-\d{2,}")
-    known = {trial.experiment.name: identity(trial.experiment) for trial in trials}
+    own = re.compile(re.escape(experiment.name) + r"-trial-\d{2,}(-seed-\d+)?")
+    known = {run.experiment.name: identity(run.experiment) for run in with_repeats(trials)}
     try:
         folders = list(filter(own.fullmatch, root.folders()))
         for name in folders:
-            # The earlier search may have had more trials.
-            if name not in known and (run := runs.read(root / name)) is not None:
+            # The earlier search may have had more trials, or other values.
+            if (run := runs.read(root / name)) is not None:
                 known[name] = run.identity
         # In this order: what is interrupted here is neither found again in MLflow nor gone on with.
         tracking.forget_run(uri, project, experiment.name, search_identity(experiment))
@@ -113,28 +117,28 @@ def remove(experiment: Experiment, trials: Sequence[Trial], folder: Storage, uri
             root.delete_folder(name)
         folder.delete(BEST)
         folder.delete_folder(TUNE)
+        folder.delete_folder(REPORT)
         folder.delete(SEARCH)
     except UserError as error:
         raise UserError(f"where.storage: {error}") from error
 
 
-def _refuse_changes(name: str, events: Sequence[Event], experiment: Experiment, trials: Sequence[Trial]) -> None:
+def _refuse_changes(name: str, events: Sequence[Event], plan: Plan, trials: Sequence[Trial]) -> None:
     last = next(event for event in reversed(events) if event["event"] == "search")
     with tempfile.TemporaryDirectory(prefix="mimiclab-") as folder:
         file = Path(folder) / SEARCH
         file.write_text(last["experiment"])
         before = load_experiment(file).experiment
-    old, new = _search_leaves(before), _search_leaves(experiment)
-    changed = differences(before, experiment) + _changes(old, new)
+    old, new = _search_leaves(before), _search_leaves(plan.experiment)
+    changed = differences(before, plan.experiment) + _changes(old, new)
     if not changed:  # else the values follow from what was changed
-        now = json.loads(json.dumps(plan_event(experiment, trials)["trials"]))
-        for trial, values in last["trials"].items():
-            if trial not in now:
-                raise UserError(
-                    f"{name}: found {len(now)} trials where {len(last['trials'])} were planned before; expected as "
-                    "many or more (search.trials), or another name, or --fresh"
-                )
-            changed += [f"{trial}: {text}" for text in _changes(values, now[trial])]
+        assert before.search is not None
+        _refuse_fewer(name, "trials", len(last["trials"]), len(trials))
+        _refuse_fewer(name, "seeds_per_trial", before.search.seeds_per_trial, plan.config.seeds_per_trial)
+        now = json.loads(json.dumps(plan_event(plan, trials)["trials"]))
+        if plan.config.algorithm != "optuna":  # its values follow from the record, and are taken from there
+            for trial, values in last["trials"].items():
+                changed += [f"{trial}: {text}" for text in _changes(values, now[trial])]
     if changed:
         raise UserError(
             f"{name}: it was started from another experiment. What changed:\n  "
@@ -143,10 +147,19 @@ def _refuse_changes(name: str, events: Sequence[Event], experiment: Experiment, 
         )
 
 
+def _refuse_fewer(name: str, key: str, before: int, now: int) -> None:
+    if now < before:
+        raise UserError(
+            f"{name}: found {now} {key} where {before} were planned before; expected as many or more (search.{key}), "
+            "or another name, or --fresh"
+        )
+
+
 def _search_leaves(experiment: Experiment) -> dict[str, Any]:
-    free = ("search.trials", "search.max_concurrent")
-    leaves = flatten(experiment).items()
-    return {key: value for key, value in leaves if key.startswith(("search.", "optim.epochs")) and key not in free}
+    leaves = {key: value for key, value in flatten(experiment).items() if key.startswith(("search.", "optim.epochs"))}
+    # What the schema gained later counts where it is used.
+    usual = {("search.unit", "epochs")}
+    return {key: value for key, value in leaves.items() if key not in _FREE and (key, str(value)) not in usual}
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -10,8 +10,11 @@ from rich.table import Table
 
 from mimiclab.experiment import resolved_yaml
 from mimiclab.schema import Experiment, SearchConfig
+from mimiclab.search.budget import unit
+from mimiclab.search.metric import name_of
 from mimiclab.search.space import describe
-from mimiclab.search.trials import Trial, last_epoch
+from mimiclab.search.trials import Trial
+from mimiclab.seeds import CONFIDENCE, Statistic
 
 
 def ranking_table(ranking: Sequence[Trial], config: SearchConfig, title: str) -> Table:
@@ -33,29 +36,57 @@ def best_experiment(search: Experiment, best: Trial, num_trials: int) -> str:
     reached = best.best(search.search.mode)
     assert reached is not None
     epoch, value = reached
+    name, scores = name_of(search.search.metric), best.scores(search.search.mode)
+    mean = f" (mean of {len(scores)} seeds: {_mean(scores)})" if len(scores) > 1 else ""
     values = "".join(f"#   {key}: {show(value)}\n" for key, value in best.values.items())
     return (
         f"# The best of {num_trials} trials of the search {search.name}: {best.name} ({best.outcome}), "
-        f"{search.search.metric} {value:.4f} at epoch {epoch}.\n"
+        f"{name} {value:.4f} at epoch {epoch}{mean}.\n"
         f"# What the search chose:\n{values}"
         + resolved_yaml(best.experiment.model_copy(update={"name": f"{search.name}-best"}))
     )
 
 
-def note(search: Experiment, num_trials: int, ranking: Sequence[Trial] = ()) -> str:
-    """What MLflow shows on the page of a search, in Markdown: its space and, at the end, its ranking."""
+def note(search: Experiment, num_trials: int, ranking: Sequence[Trial] = (), spent: float | None = None) -> str:
+    """What MLflow shows on the page of a search, in Markdown: its space and, at the end, its ranking.
+
+    Args:
+        search: the experiment.
+        num_trials: how many trials there are.
+        ranking: the trials, the best first.
+        spent: GPU- or core-hours so far.
+    """
     config = search.search
     assert config is not None
     lines = [
-        f"ASHA search of {num_trials} trials ({config.algorithm}) for the {config.mode} of `{config.metric}`, "
-        f"{config.grace_period} to {last_epoch(search)} epochs each, over",
+        f"ASHA search of {num_trials} trials ({config.algorithm}) for the {config.mode} of `{name_of(config.metric)}`, "
+        f"{_length(search, config)} each, over",
         *(f"- `{key}`: {describe(distribution)}" for key, distribution in config.space.items()),
     ]
+    if config.seeds_per_trial > 1:
+        lines += [
+            "",
+            f"Trials that are not pruned have {config.seeds_per_trial} seeds, and rank by their mean.",
+        ]
+    if spent is not None:
+        lines += ["", f"{spent_text(search, spent)}."]
+    elif config.budget is not None:
+        lines += ["", f"Budget: {config.budget:g} {unit(gpu=search.scale.gpu)}."]
     if ranking:
         columns = ["trial", "outcome", *_numbers(config)]
         lines += ["", _row(columns), _row("---" for _ in columns)]
         lines += [_row([trial.name, trial.outcome, *_cells(trial, config)]) for trial in ranking]
     return "\n".join(lines)
+
+
+def spent_text(search: Experiment, spent: float) -> str:
+    """What a search has spent, and whether that was all that it had."""
+    assert search.search is not None
+    budget, what = search.search.budget, unit(gpu=search.scale.gpu)
+    if budget is None:
+        return f"{spent:.3g} {what} were spent"
+    ended = ", which ended the search" if spent >= budget else ""
+    return f"{spent:.3g} of {budget:g} {what} were spent{ended}"
 
 
 def show(value: Any) -> str:
@@ -64,14 +95,29 @@ def show(value: Any) -> str:
 
 
 def _numbers(config: SearchConfig) -> list[str]:
-    return [config.metric, "epochs", *_short_keys(list(config.space))]
+    interval = [f"± {100 * CONFIDENCE:.0f} %"] if config.seeds_per_trial > 1 else []
+    return [name_of(config.metric), *interval, "epochs", *_short_keys(list(config.space))]
 
 
 def _cells(trial: Trial, config: SearchConfig) -> list[str]:
-    best = trial.best(config.mode)
-    value = f"{best[1]:.4f}" if best else "-"
+    scores = Statistic(name_of(config.metric), trial.scores(config.mode))
+    numbers = [f"{scores.mean:.4f}" if scores.values else "-"]
+    if config.seeds_per_trial > 1:
+        numbers.append(f"{scores.half_width:.4f} ({len(scores.values)})" if len(scores.values) > 1 else "-")
     searched = [show(trial.values[key]) if key in trial.values else "-" for key in config.space]
-    return [value, str(trial.epochs), *searched]
+    return [*numbers, str(trial.epochs), *searched]
+
+
+def _mean(scores: Sequence[float]) -> str:
+    found = Statistic("", tuple(scores))
+    return f"{found.mean:.4f} ± {found.half_width:.4f}"
+
+
+def _length(search: Experiment, config: SearchConfig) -> str:
+    if config.unit == "epochs":
+        return f"{config.grace_period} to {config.max_t or search.optim.epochs} epochs"
+    most = f"{config.max_t} steps" if config.max_t else f"{search.optim.epochs} epochs"
+    return f"{config.grace_period} steps to {most}"
 
 
 def _short_keys(keys: Sequence[str]) -> list[str]:

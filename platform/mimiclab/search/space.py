@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 Distribution = Mapping[str, Any]
@@ -24,8 +24,9 @@ MAX_GRID_INT = 10
 MAX_GRID = 10_000
 """Combinations of a grid; more are a mistake in writing."""
 
-# Normal values further off are drawn again, so that what is checked beforehand are the outermost ones.
-_MAX_SDS = 3
+MAX_SDS = 3
+"""Normal values are no further off their mean than so many standard deviations, so that the outermost ones can be
+checked beforehand."""
 
 # Enough to tell trials apart; more digits could not be read in a table.
 _SIGNIFICANT_DIGITS = 4
@@ -130,37 +131,62 @@ def extremes(distribution: Distribution) -> list[Any]:
     kind, values = kind_of(distribution)
     if kind == "normal":
         mean, sd = values
-        return [mean - _MAX_SDS * float(sd), mean + _MAX_SDS * float(sd)]
+        return [mean - MAX_SDS * float(sd), mean + MAX_SDS * float(sd)]
     return values if kind in ("choice", "int") else [float(value) for value in values]
+
+
+def conditions(space: Mapping[str, Distribution], key: str) -> dict[str, Any]:
+    """Values of other keys with which a key is searched: the first that its conditions allow, and those of theirs."""
+    found: dict[str, Any] = {}
+    for other, allowed in space[key].get(WHEN, {}).items():
+        found |= {**conditions(space, other), other: allowed[0]}
+    return found
 
 
 def draw(space: Mapping[str, Distribution], seed: int, number: int) -> dict[str, Any]:
     """The values of one trial: a function of the seed and of the trial's number, whatever else is drawn."""
     # A generator for each key: a key that is added or changed leaves the others' values as they are.
-    drawn = {key: _draw(space[key], random.Random(f"{seed} {number} {key}")) for key in space}
-    return _where_conditions_hold(space, drawn)
+    return within_conditions(space, lambda key, d: _draw(d, random.Random(f"{seed} {number} {key}")))
 
 
 def grid(space: Mapping[str, Distribution]) -> list[dict[str, Any]]:
     """Every combination of a space of choices once, in the order of the file, the last key's values in turn first."""
     found: dict[str, dict[str, Any]] = {}
     for combination in itertools.product(*map(_points, space.values())):
-        values = _where_conditions_hold(space, dict(zip(space, combination, strict=True)))
+        values = _at(space, dict(zip(space, combination, strict=True)))
         found.setdefault(_show(values), values)
     return list(found.values())
+
+
+def within_conditions(space: Mapping[str, Distribution], give: Callable[[str, Distribution], Any]) -> dict[str, Any]:
+    """The values of one trial: of the keys whose conditions hold, each asked for once, after those it depends on."""
+    known: dict[str, Any] = {}
+
+    def value(key: str) -> Any:
+        if key not in known:
+            known[key] = give(key, space[key])
+        return known[key]
+
+    def holds(key: str) -> bool:
+        conditions = space[key].get(WHEN, {})
+        return all(holds(other) and value(other) in allowed for other, allowed in conditions.items())
+
+    return {key: value(key) for key in space if holds(key)}
+
+
+def rounded(distribution: Distribution, value: float) -> float:
+    """A value of a range with a few digits, and not beyond its ends."""
+    low, high = map(float, extremes(distribution))
+    return min(max(float(f"{value:.{_SIGNIFICANT_DIGITS}g}"), low), high)
+
+
+def _at(space: Mapping[str, Distribution], point: Mapping[str, Any]) -> dict[str, Any]:
+    return within_conditions(space, lambda key, _: point[key])
 
 
 def _points(distribution: Distribution) -> Sequence[Any]:
     kind, values = kind_of(distribution)
     return range(values[0], values[1] + 1) if kind == "int" else values
-
-
-def _where_conditions_hold(space: Mapping[str, Distribution], values: dict[str, Any]) -> dict[str, Any]:
-    def holds(key: str) -> bool:
-        conditions = space[key].get(WHEN, {})
-        return all(values[other] in allowed and holds(other) for other, allowed in conditions.items())
-
-    return {key: value for key, value in values.items() if holds(key)}
 
 
 def _circle(space: Mapping[str, Distribution], key: str) -> list[str]:
@@ -193,7 +219,7 @@ def _draw(distribution: Distribution, generator: random.Random) -> Any:
             value = generator.gauss(*values)
     else:
         value = math.exp(generator.uniform(math.log(low), math.log(high)))
-    return min(max(float(f"{value:.{_SIGNIFICANT_DIGITS}g}"), float(low)), float(high))
+    return rounded(distribution, value)
 
 
 def _leaves(space: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

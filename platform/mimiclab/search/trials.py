@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import statistics
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mimiclab.errors import UserError
 from mimiclab.experiment import LoadedExperiment, vary
-from mimiclab.schema import Experiment
+from mimiclab.schema import Experiment, ScaleConfig, SearchConfig, Workers
 from mimiclab.search.space import draw, grid
+from mimiclab.session import resources_per_worker
+
+if TYPE_CHECKING:
+    from mimiclab.data.order import Order
 
 DEFAULT_TRIALS = 16
-"""Of a random search that does not say."""
+"""Of a search that does not say and is no grid."""
 
-Outcome = Literal["waiting", "running", "finished", "pruned", "failed", "killed"]
+Outcome = Literal["waiting", "running", "finished", "pruned", "out of budget", "preempted", "failed", "killed"]
 
 
 @dataclass
 class Trial:
-    """One set of values, and how far training with it came."""
+    """One set of values, and how far training with it came; or a run that repeats it with another seed."""
 
     number: int
     values: dict[str, Any]
-    """Of the searched keys."""
+    """Of the searched keys; none yet where they are proposed when the trial starts."""
     experiment: Experiment
     """What is trained; its name is `<search>-<trial>`, so the same command finds the same runs again."""
     outcome: Outcome = "waiting"
@@ -35,13 +40,20 @@ class Trial:
     """Whether it was ever started, by this driver or one before."""
     settled: bool = False
     """Whether MLflow knows of its outcome."""
-    in_mlflow: bool = False
-    """Whether MLflow has its values as metrics."""
+    seed: int | None = None
+    """Of a run that repeats a trial; None of the trial itself."""
+    repeats: list[Trial] = field(default_factory=list)
+    """The same with the seeds that follow, once it has finished."""
 
     @property
     def name(self) -> str:
         """Its name within the search."""
-        return trial_name(self.number)
+        return trial_name(self.number, self.seed)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What names it in an event of the record."""
+        return {"trial": trial_name(self.number), **({} if self.seed is None else {"seed": self.seed})}
 
     @property
     def epochs(self) -> int:
@@ -54,53 +66,136 @@ class Trial:
         known = [item for item in self.evaluations if not math.isnan(item[1])]
         return min(known, key=lambda item: sign * item[1], default=None)
 
+    def scores(self, mode: str) -> tuple[float, ...]:
+        """What it ranks by, by the mean: its best value, and that of each repeat that has finished."""
+        runs = [self, *(repeat for repeat in self.repeats if repeat.outcome == "finished")]
+        return tuple(best[1] for run in runs if (best := run.best(mode)) is not None)
 
-def trial_name(number: int) -> str:
-    """The name of the trial of this number, from 0."""
-    return f"trial-{number:02d}"
 
+class Plan:
+    """Makes the trials of a search.
 
-def plan(loaded: LoadedExperiment) -> list[Trial]:
-    """Draw every trial of an experiment's search; the same file gives the same trials.
+    Args:
+        loaded: an experiment with a `search:` section.
+        order_of: the order in which an experiment shows its data; only of a search that counts steps.
 
     Raises:
-        UserError: the file has no `search:` section, or a trial's values do not fit together.
+        UserError: the file has no `search:` section, or trials of that many steps cannot be.
     """
-    experiment = loaded.experiment
-    if experiment.search is None:
-        raise UserError(
-            f"{loaded.path}: it has no search: section, expected one such as\n"
-            "  search: {trials: 4, space: {model.mimic.cls_weight: {loguniform: [0.1, 10]}}}"
-        )
-    config = experiment.search
-    if config.algorithm == "grid":
-        drawn = grid(config.space)[: config.trials]
-    else:
-        drawn = [draw(config.space, experiment.seed, n) for n in range(config.trials or DEFAULT_TRIALS)]
-    shorter = {} if config.max_t is None else {"optim.epochs": config.max_t}
-    trials = []
-    for number, values in enumerate(drawn):
-        try:
-            varied = vary(loaded, f"{experiment.name}-{trial_name(number)}", {**values, **shorter})
-        except UserError as error:
-            shown = ", ".join(f"{key} = {value}" for key, value in values.items())
-            raise UserError(f"{loaded.path}: search: {trial_name(number)} with {shown}: {error}") from error
-        trials.append(Trial(number, values, varied))
-    return trials
+
+    def __init__(self, loaded: LoadedExperiment, order_of: Callable[[Experiment], Order] | None = None) -> None:
+        if loaded.experiment.search is None:
+            raise UserError(
+                f"{loaded.path}: it has no search: section, expected one such as\n"
+                "  search: {trials: 4, space: {model.mimic.cls_weight: {loguniform: [0.1, 10]}}}"
+            )
+        self.experiment = loaded.experiment
+        self.config: SearchConfig = loaded.experiment.search
+        self._loaded = loaded
+        self._order_of = order_of
+        epochs = loaded.experiment.optim.epochs
+        if self.config.unit == "epochs":
+            self.max_t = self.config.max_t or epochs
+            """The last epoch, or step, of a trial that is not pruned."""
+        else:
+            assert order_of is not None
+            self._last_epoch(loaded.experiment)
+            self.max_t = self.config.max_t or order_of(loaded.experiment).num_steps(epochs)
+
+    def trials(self) -> list[Trial]:
+        """Every trial, with its values where they are drawn beforehand; the same file gives the same trials.
+
+        Raises:
+            UserError: a trial's values do not fit together.
+        """
+        config, seed = self.config, self._loaded.experiment.seed
+        drawn: list[dict[str, Any]]
+        if config.algorithm == "grid":
+            drawn = grid(config.space)[: config.trials]
+        else:
+            numbers = range(config.trials or DEFAULT_TRIALS)
+            drawn = [draw(config.space, seed, n) if config.algorithm == "random" else {} for n in numbers]
+        trials = [Trial(number, {}, self._loaded.experiment) for number in range(len(drawn))]
+        for trial, values in zip(trials, drawn, strict=True):
+            try:
+                self.fill(trial, values)
+            except UserError as error:
+                shown = ", ".join(f"{key} = {value}" for key, value in values.items())
+                raise UserError(f"{self._loaded.path}: search: {trial.name} with {shown}: {error}") from error
+        return trials
+
+    def fill(self, trial: Trial, values: Mapping[str, Any]) -> None:
+        """Give a trial its values, and what follows from them.
+
+        Raises:
+            UserError: the values do not fit together.
+        """
+        experiment = self._vary(trial.name, values)
+        first = experiment.seed + 1
+        repeats = []
+        for seed in range(first, first + self.config.seeds_per_trial - 1):
+            again = self._vary(trial_name(trial.number, seed), {**values, "seed": seed})
+            repeats.append(Trial(trial.number, dict(values), again, seed=seed))
+        trial.values, trial.experiment, trial.repeats = dict(values), experiment, repeats
+
+    def _vary(self, name: str, values: Mapping[str, Any]) -> Experiment:
+        config, loaded = self.config, self._loaded
+        keys = {**values}
+        if config.workers_per_trial is not None:
+            keys["scale.workers"] = config.workers_per_trial
+        if config.max_t is not None:
+            epochs = config.max_t if config.unit == "epochs" else self._last_epoch(vary(loaded, name, keys))
+            keys["optim.epochs"] = epochs
+        return vary(loaded, f"{loaded.experiment.name}-{name}", keys)
+
+    def _last_epoch(self, experiment: Experiment) -> int:
+        """The first epoch whose end reaches `search.max_t` steps."""
+        assert self._order_of is not None
+        order, epochs = self._order_of(experiment), experiment.optim.epochs
+        for key in ("max_t", "grace_period"):
+            found, most = getattr(self.config, key), order.num_steps(epochs)
+            if found is not None and found > most:
+                raise UserError(
+                    f"search.{key} must not be above the steps of optim.epochs, found search.{key} {found} and "
+                    f"{most} steps in {epochs} epochs"
+                )
+        return next(epoch for epoch in range(1, epochs + 1) if order.epoch_end_step(epoch) >= (self.config.max_t or 0))
 
 
-def last_epoch(experiment: Experiment) -> int:
-    """The epochs of a search's trials that are not pruned."""
+def plan(loaded: LoadedExperiment, order_of: Callable[[Experiment], Order] | None = None) -> list[Trial]:
+    """The trials of a search, see `Plan`."""
+    return Plan(loaded, order_of).trials()
+
+
+def with_repeats(trials: Iterable[Trial]) -> list[Trial]:
+    """The trials, and after each the runs that repeat it, or would."""
+    return [run for trial in trials for run in (trial, *trial.repeats)]
+
+
+def trial_name(number: int, seed: int | None = None) -> str:
+    """The name of the trial of this number, from 0, or of the run that repeats it with a seed."""
+    return f"trial-{number:02d}" + ("" if seed is None else f"-seed-{seed}")
+
+
+def scale_of(experiment: Experiment) -> ScaleConfig:
+    """How large each trial of a search is."""
     assert experiment.search is not None
-    return experiment.search.max_t or experiment.optim.epochs
+    scale, num = experiment.scale, experiment.search.workers_per_trial
+    return scale if num is None else scale.model_copy(update={"workers": Workers(min=num, max=num)})
+
+
+def resources_of(experiment: Experiment) -> dict[str, float]:
+    """What each trial of a search takes of the cluster, with as many workers as it may have."""
+    scale = scale_of(experiment)
+    return {kind: scale.workers.max * each for kind, each in resources_per_worker(scale).items()}
 
 
 def ranked(trials: Iterable[Trial], mode: str) -> list[Trial]:
-    """The trials with the best first, by the best evaluation of each; those that were never evaluated last."""
+    """The trials with the best first, by the mean of their `scores`; those that were never evaluated last."""
     sign = -1 if mode == "max" else 1
 
     def rank(trial: Trial) -> tuple[bool, float, int]:
-        best = trial.best(mode)
-        return best is None, sign * best[1] if best else 0.0, trial.number
+        scores = trial.scores(mode)
+        return not scores, sign * statistics.fmean(scores) if scores else 0.0, trial.number
 
     return sorted(trials, key=rank)

@@ -1,10 +1,13 @@
 """The address of a tracking store: a sqlite file on this machine, or an MLflow server."""
 
+import contextlib
 import os
+import sqlite3
 import urllib.error
 import urllib.request
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
+from urllib.parse import quote, urlsplit
 
 from mimiclab.errors import UserError
 
@@ -27,6 +30,16 @@ def absolute_uri(uri: str) -> str:
 def artifact_folder(database: Path) -> Path:
     """Where the pictures and files of a sqlite store lie: next to it, at an absolute path."""
     return database.with_name(f"{database.stem}-artifacts")
+
+
+def read_sqlite(path: Path, query: str) -> list[tuple[Any, ...]]:
+    """The rows that a query finds in a sqlite file, which is not made or changed.
+
+    Raises:
+        sqlite3.DatabaseError: The file is none or damaged; an OperationalError if it is locked or lacks a table.
+    """
+    with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as connection:
+        return connection.execute(query).fetchall()
 
 
 def check_tracking(uri: str, timeout_s: float = 5) -> None:
@@ -58,6 +71,17 @@ def _check_sqlite(uri: str, path: Path) -> None:
         with path.open("rb") as file:
             if file.read(16) != b"SQLite format 3\0":
                 raise UserError(f"{start}: {path} is no sqlite file; expected one that MLflow made, or none")
+        try:
+            tables = {row[0] for row in read_sqlite(path, "SELECT name FROM sqlite_master WHERE type = 'table'")}
+        except sqlite3.OperationalError:  # somebody writes for long: so it is in use
+            return
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{start}: {path} cannot be read ({error}); expected a sqlite file in one piece") from error
+        if tables and "alembic_version" not in tables and "experiments" not in tables:
+            raise UserError(
+                f"{start}: {path} is another program's sqlite file, with the table {min(tables)}; "
+                "expected one that MLflow made, or none"
+            )
 
 
 def _check_server(uri: str, timeout_s: float) -> None:

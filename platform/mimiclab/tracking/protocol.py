@@ -1,11 +1,11 @@
 """What a training run tells a tracker, without saying which tracker it is."""
 
+import json
 import posixpath
 import re
 import threading
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from PIL import Image
@@ -13,6 +13,7 @@ from PIL import Image
 # What MLflow accepts as names; checked when logged, where the traceback still shows the mistake.
 _METRIC_KEY = re.compile(r"[\w.\- :/]{1,250}")
 _PICTURE_KEY = re.compile(r"[a-zA-Z0-9_\-./ ]{1,150}")
+_FILE_NAME = _PICTURE_KEY
 
 MAX_METRICS_PER_STEP = 1000
 """One transaction holds so many rows; a step's rows share one."""
@@ -25,6 +26,28 @@ class Row(NamedTuple):
     value: float
     timestamp_ms: int
     step: int
+
+
+class Table(NamedTuple):
+    """Rows of values by column. MLflow compares runs by the first column of numbers."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | float | None]]
+
+    def as_json(self) -> bytes:
+        """As MLflow's pages read it."""
+        return json.dumps({"columns": list(self.columns), "data": [list(row) for row in self.rows]}).encode()
+
+
+Content = bytes | Callable[[], bytes]
+"""Of a file: as it is, or made when it is its turn to be sent, away from training's thread."""
+
+_MEASURED = ("images_per_s", "data_wait", "memory_mb", "gpu_memory_mb", "latency_ms")
+
+
+def is_measured(key: str) -> bool:
+    """Whether a series is of times and machines, which no two runs share, rather than of what was computed."""
+    return key.startswith(("run/", "system/")) or key.rpartition("/")[2] in _MEASURED
 
 
 class Tracker(Protocol):
@@ -46,8 +69,16 @@ class Tracker(Protocol):
         """Record a picture of a step; the image may be changed afterwards."""
         ...
 
-    def log_artifact(self, path: Path, folder: str = "") -> None:
-        """Store a file or a folder with the run; it must stay in place until the tracker is closed."""
+    def log_file(self, name: str, content: Content) -> None:
+        """Store a file with the run, in place of an earlier one of that name; `name` may have folders in it."""
+        ...
+
+    def log_table(self, name: str, table: Table) -> None:
+        """Store a table with the run, as `log_file` does; `name` ends with .json."""
+        ...
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run, in place of earlier ones of those names."""
         ...
 
     def unsent(self) -> list[Row]:
@@ -56,6 +87,10 @@ class Tracker(Protocol):
 
     def close(self, timeout_s: float) -> list[Row]:
         """Send what is left for at most ``timeout_s`` seconds and return what could not be sent."""
+        ...
+
+    def unsent_files(self) -> int:
+        """How many pictures and files the server does not have."""
         ...
 
 
@@ -96,6 +131,16 @@ def check_picture(key: str, step: int) -> None:
         raise ValueError(f"picture key {key!r}; expected ASCII letters, digits and any of '_-. /'")
 
 
+def check_file(name: str) -> None:
+    """Refuse a name that does not do for a file everywhere.
+
+    Raises:
+        ValueError: It cannot be used.
+    """
+    if not _FILE_NAME.fullmatch(name) or not _is_plain_path(name):
+        raise ValueError(f"file name {name!r}; expected ASCII letters, digits and any of '_-. /'")
+
+
 def _is_plain_path(key: str) -> bool:
     return posixpath.normpath(key) == key and not key.startswith(("/", "."))
 
@@ -106,13 +151,15 @@ class MemoryTracker:
     Attributes:
         rows: The history, as a server would hold it.
         pictures: Images by (key, step).
-        artifacts: (path, folder) in order.
+        files: The content of each by its name, tables as JSON.
+        tags: The run's.
     """
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
         self.pictures: dict[tuple[str, int], Image.Image] = {}
-        self.artifacts: list[tuple[Path, str]] = []
+        self.files: dict[str, bytes] = {}
+        self.tags: dict[str, str] = {}
         self._last: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -128,9 +175,18 @@ class MemoryTracker:
         check_picture(key, step)
         self.pictures.setdefault((key, step), image.copy())
 
-    def log_artifact(self, path: Path, folder: str = "") -> None:
-        """See `Tracker.log_artifact`."""
-        self.artifacts.append((path, folder))
+    def log_file(self, name: str, content: Content) -> None:
+        """See `Tracker.log_file`."""
+        check_file(name)
+        self.files[name] = content if isinstance(content, bytes) else content()
+
+    def log_table(self, name: str, table: Table) -> None:
+        """See `Tracker.log_table`."""
+        self.log_file(name, table.as_json())
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """See `Tracker.set_tags`."""
+        self.tags.update(tags)
 
     def unsent(self) -> list[Row]:
         """Nothing: memory acknowledges at once."""
@@ -139,6 +195,10 @@ class MemoryTracker:
     def close(self, timeout_s: float) -> list[Row]:
         """Nothing is left to send."""
         return []
+
+    def unsent_files(self) -> int:
+        """None."""
+        return 0
 
     def history(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of one series, in order."""

@@ -23,6 +23,7 @@ __all__ = [
     "log_text",
     "open_run",
     "set_tags",
+    "started",
     "unfinished_since",
 ]
 
@@ -121,6 +122,11 @@ def unfinished_since(uri: str, run_id: str) -> float | None:
         return None
     times = [metric.timestamp for metric in run.to_proto().data.metrics]
     return float(max([run.info.start_time, *times])) / 1000
+
+
+def started(uri: str, run_id: str) -> float:
+    """When a run was first opened, in seconds since 1970."""
+    return float(connect(uri).get_run(run_id).info.start_time) / 1000
 
 
 def set_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> None:

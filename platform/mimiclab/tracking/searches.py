@@ -12,6 +12,7 @@ __all__ = [
     "PARENT_TAG",
     "Search",
     "Status",
+    "best_key",
     "end_search",
     "end_trial",
     "newest_search",
@@ -38,37 +39,54 @@ def open_search(uri: str, project: str, name: str, identity: str, params: Mappin
     return open_parent(uri, project, "search", name, identity, params, note)
 
 
-def end_search(uri: str, run_id: str, status: Status, best: tuple[str, str, float] | None, note: str) -> None:
+def best_key(metric: str, *, is_sum: bool = False) -> str:
+    """The key under which a parent run has the history of the best value so far.
+
+    Args:
+        metric: Its name, in which that of a class may hold any character.
+        is_sum: Whether it is a sum of several, whose slashes would group it by the first of them.
+    """
+    if is_sum:
+        return f"best/{as_key(metric.replace(' + ', ' plus '))}"
+    return "/".join(["best", *map(as_key, metric.split("/", 2))])
+
+
+def end_search(
+    uri: str, run_id: str, status: Status, best: str | None, metrics: Mapping[str, float], note: str
+) -> None:
     """Mark a search as over, and say what it found.
 
     Args:
         uri: The tracking store.
         run_id: MLflow's id of the parent run.
         status: How it ended.
-        best: The best trial's name, the metric and its value, if any trial was evaluated.
+        best: The best trial's name, if any trial was evaluated.
+        metrics: More of the parent, as what was spent; the history of the best value is sent as it grows.
         note: The parent's new description, in Markdown.
     """
     client = connect(uri)
     client.set_tag(run_id, NOTE_TAG, note)
-    metrics = {}
     if best is not None:
-        name, metric, value = best
-        client.set_tag(run_id, _BEST_TAG, name)
-        # A class name in a metric may hold any character.
-        metrics["/".join(["best", *map(as_key, metric.split("/", 2))])] = value
+        client.set_tag(run_id, _BEST_TAG, best)
     end_parent(uri, run_id, status, metrics)
 
 
 def end_trial(
     uri: str, run_id: str, outcome: str, status: Status, values: Mapping[str, Any], error: str | None
 ) -> None:
-    """Mark a trial as over; its searched values become metrics where they are numbers, for charts and filters."""
+    """Mark a trial as over; its searched values become metrics where they are numbers, for charts and filters.
+
+    A second call changes what is said of its end, and logs no value again.
+    """
     client = connect(uri)
+    before = client.get_run(run_id).data
     client.set_tag(run_id, OUTCOME_TAG, outcome)
     if error is not None:
         client.set_tag(run_id, _ERROR_TAG, error)
+    elif _ERROR_TAG in before.tags:
+        client.delete_tag(run_id, _ERROR_TAG)
     for key, value in values.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool) and before.metrics.get(key) != value:
             client.log_metric(run_id, key, value)
     client.set_terminated(run_id, status=status)
 

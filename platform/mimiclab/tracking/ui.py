@@ -1,7 +1,6 @@
-"""MLflow's pages: their addresses, and a server for the runs of a sqlite store."""
+"""MLflow's pages of a store: links to those that are worth opening, and a server for the runs of a sqlite file."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -10,42 +9,30 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import NamedTuple
-from urllib.parse import quote
+from typing import TYPE_CHECKING, NamedTuple
 
 from mimiclab.errors import UserError
+from mimiclab.tracking import views
 from mimiclab.tracking.address import absolute_uri, artifact_folder, check_tracking, sqlite_path
-from mimiclab.tracking.client import ENVIRONMENT, connect
+from mimiclab.tracking.client import ENVIRONMENT, connect, refusals_explained
+from mimiclab.tracking.pages import charts_of, compare_page, run_page, runs_page, shared_view_page
+from mimiclab.tracking.parents import KIND_TAG, PARENT_TAG
 from mimiclab.tracking.searches import newest_search
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 PORTS = range(5000, 5020)
 """Where `serve` looks for a free port."""
 
+_NUM_BEST = 5
+_MAX_RUNS = 200  # that the columns of a view are chosen by
+
 _START_TIMEOUT_S = 120
 _STOP_TIMEOUT_S = 10
-
-
-def runs_page(base_url: str, experiment_id: str) -> str:
-    """The table of a project's runs, the best student first."""
-    # The side bar opens in its mode for language models unless told; sorted by a metric, the trials of a
-    # search stand beside the other runs and do not collapse under their parent.
-    return (
-        f"{base_url.rstrip('/')}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
-        "&orderByKey=metrics.%60student%2FAP%60&orderByAsc=false"
-    )
-
-
-def run_page(base_url: str, experiment_id: str, run_id: str) -> str:
-    """The page of one run."""
-    return f"{base_url.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
-
-
-def compare_page(base_url: str, experiment_id: str, run_ids: Sequence[str]) -> str:
-    """The comparison of several runs of a project."""
-    runs, experiments = (quote(json.dumps(ids, separators=(",", ":"))) for ids in (list(run_ids), [experiment_id]))
-    return f"{base_url.rstrip('/')}/#/compare-runs?runs={runs}&experiments={experiments}"
 
 
 def place_of(uri: str, run_id: str) -> str:
@@ -63,11 +50,11 @@ def serve(uri: str, port: int | None = None, project: str | None = None, say: Ca
     Args:
         uri: The tracking store.
         port: Where to serve a sqlite store on 127.0.0.1; by default the first free one of `PORTS`.
-        project: The MLflow experiment to link to; without one, or if it has no runs yet, the start page.
+        project: The MLflow experiment to link to; without one, the start page.
         say: Gets each line for the user.
 
     Raises:
-        UserError: The store cannot be reached, or the port is taken.
+        UserError: The store cannot be reached or read, or the port is taken.
     """
     check_tracking(uri)
     database = sqlite_path(uri)
@@ -76,7 +63,8 @@ def serve(uri: str, port: int | None = None, project: str | None = None, say: Ca
         return
     if not database.exists():
         raise UserError(f"where.tracking: {uri}: there is no file {database}; expected one with runs to show")
-    port = free_port() if port is None else port
+    port = free_port() if port is None else _free(port)
+    connect(uri)  # what is wrong with the store is said before a server takes its time to start
     with _stopped_by_signals(), server(uri, port, say) as running:
         _say_links(uri, running.base_url, project, say)
         say("Ctrl-C stops the server")
@@ -119,9 +107,7 @@ def server(uri: str, port: int, say: Callable[[str], None] = print) -> Iterator[
         UserError: The port is in use.
         RuntimeError: The server ended or did not answer within two minutes; with the end of its output.
     """
-    if not _is_free(port):
-        raise UserError(f"port {port} is in use; expected a free one")
-    base_url = f"http://127.0.0.1:{port}"
+    base_url = f"http://127.0.0.1:{_free(port)}"
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             _command(uri, port),
@@ -129,6 +115,10 @@ def server(uri: str, port: int, say: Callable[[str], None] = print) -> Iterator[
                 **os.environ,
                 **ENVIRONMENT,
                 "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+                "MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE": "false",
+                "MLFLOW_ENABLE_REMOTE_ASSISTANT": "false",
+                # Whoever can log a model could run code where it is loaded.
+                "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
             },
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -198,6 +188,12 @@ def _stopped_by_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _free(port: int) -> int:
+    if not _is_free(port):
+        raise UserError(f"port {port} is in use; expected a free one")
+    return port
+
+
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         # As servers bind: a port whose last connections linger is free.
@@ -210,8 +206,87 @@ def _is_free(port: int) -> bool:
 
 
 def _say_links(uri: str, base_url: str, project: str | None, say: Callable[[str], None]) -> None:
-    experiment = connect(uri).get_experiment_by_name(project) if project else None
-    say(f"runs: {runs_page(base_url, experiment.experiment_id) if experiment else base_url}")
-    search = newest_search(uri, project) if project else None
+    if project is None:
+        say(f"MLflow: {base_url}")
+        return
+    client = connect(uri)
+    with refusals_explained(uri):
+        experiment = client.get_experiment_by_name(project)
+        links = _links(client, uri, base_url, project, experiment.experiment_id) if experiment else {}
+        if not links:
+            others = sorted(each.name for each in client.search_experiments() if each.name not in (project, "Default"))
+            there = f"; there are {', '.join(others)} (--project)" if others else ""
+            say(f"no runs in the project {project} yet{there}")
+            links = {"MLflow": base_url}
+    for name, link in links.items():
+        say(f"{name}: {link}")
+
+
+def _links(client: "MlflowClient", uri: str, base_url: str, project: str, experiment_id: str) -> dict[str, str]:
+    """Links by what they lead to; to nothing of which there is nothing to see."""
+    newest = _search(client, experiment_id, "attributes.start_time DESC")
+    if not newest:
+        return {}
+    runs = _search(client, experiment_id, *_BEST_FIRST)
+    links = _view_links(client, base_url, experiment_id, "leaderboard", "leaderboard", runs, "")
+
+    best = _evaluated(runs)[:_NUM_BEST]
+    if len(best) > 1:
+        name = f"best {len(best)}"
+        chosen = ", ".join(f"'{run.info.run_id}'" for run in best)
+        query = f"attributes.run_id IN ({chosen})"
+        links[name] = _view_links(client, base_url, experiment_id, "best", name, best, query)["charts"]
+
+    search = newest_search(uri, project)
     if search is not None and search.trials:
-        say(f"trials of {search.name}: {compare_page(base_url, search.experiment_id, search.trials)}")
+        parent = client.get_run(search.trials[0]).data.tags[PARENT_TAG]
+        query = f"tags.`{PARENT_TAG}` = '{parent}'"
+        trials = _evaluated(_search(client, experiment_id, *_BEST_FIRST, query=query))
+        name = f"trials of {search.name}"
+        if len(trials) > 1:
+            links[name] = _view_links(client, base_url, experiment_id, "search", name, trials, query)["charts"]
+
+    # A search or the like is shown by its children.
+    single = [run for run in newest if KIND_TAG not in run.data.tags] or newest
+    running = [run for run in single if run.info.status == "RUNNING"]
+    current = (running or single)[0]
+    what = "running" if running else "newest"
+    links[f"{what} run, {current.info.run_name}"] = run_page(base_url, experiment_id, current.info.run_id)
+    return links
+
+
+_BEST_FIRST = (f"metrics.`{views.METRIC}` DESC", "attributes.start_time DESC")
+
+
+def _search(client: "MlflowClient", experiment_id: str, *order: str, query: str = "") -> "list[Run]":
+    return list(client.search_runs([experiment_id], query, order_by=list(order), max_results=_MAX_RUNS))
+
+
+def _evaluated(runs: "list[Run]") -> "list[Run]":
+    return [run for run in runs if views.METRIC in run.data.metrics]
+
+
+def _view_links(
+    client: "MlflowClient",
+    base_url: str,
+    experiment_id: str,
+    key: str,
+    name: str,
+    runs: "list[Run]",
+    query: str,
+) -> dict[str, str]:
+    """Links to a view, which is written first, as a table (under its name) and as charts."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        views.share(client, experiment_id, key, name, runs, query)
+    except MlflowException as error:
+        if error.get_http_status_code() != 403:
+            raise
+        # Who may only read gets MLflow's own pages.
+        table = runs_page(base_url, experiment_id)
+        charts = compare_page(base_url, experiment_id, [run.info.run_id for run in runs]) if query else charts_of(table)
+    else:
+        table = shared_view_page(base_url, experiment_id, key)
+        charts = charts_of(table)
+    return {name: table, "charts": charts}

@@ -9,24 +9,32 @@ over crashes, outages and restarts:
   rows, which MLflow stores once.
 * A row is given up only when the server has acknowledged it. Until then `unsent` returns it, checkpoints
   carry it, and the next process resends it first.
+
+Pictures and files follow the rows. What the server does not take is kept in the spool, a folder of the run, until
+it does: for the next process too. Only a process that is killed within the second or so between logging and sending
+loses one, unless it makes it again, as a run does that is killed before the checkpoint of its evaluation.
 """
 
 import bisect
+import json
 import logging
+import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from mimiclab.tracking.client import connect, load
-from mimiclab.tracking.protocol import Row, check_picture, make_rows
+from mimiclab.tracking.protocol import Content, Row, Table, check_file, check_picture, make_rows
+from mimiclab.tracking.spool import File, Item, Picture, Spool
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+    from mimiclab.storage import Storage
 
 _INTERVAL_S = 1.0
 _MAX_BACK_OFF_S = 15.0
@@ -36,16 +44,8 @@ _MAX_ROWS_PER_CALL = 1000
 _log = logging.getLogger(__name__)
 
 
-class _Picture(NamedTuple):
-    key: str
-    step: int
-    image: Image.Image
-    timestamp_ms: int
-
-
-class _File(NamedTuple):
-    path: Path
-    folder: str
+# Names the run's tables to MLflow's pages.
+_TABLES_TAG = "mlflow.loggedArtifacts"
 
 
 class MlflowTracker:
@@ -58,15 +58,20 @@ class MlflowTracker:
         uri: The tracking store.
         run_id: MLflow's id of the run, from `mimiclab.tracking.runs.open_run`.
         resend: Rows that the checkpoint carries because the server had not acknowledged them.
+        spool: Folder for pictures and files that the server does not take; what is there already is sent. Without
+            one they are lost with the process.
     """
 
-    def __init__(self, uri: str, run_id: str, resend: Sequence[Row] = ()) -> None:
+    def __init__(self, uri: str, run_id: str, resend: Sequence[Row] = (), *, spool: "Storage | None" = None) -> None:
         self._uri = uri
         self._run_id = run_id
         self._lock = threading.Lock()
         self._waiting: list[Row] = sorted(resend, key=_step)
         self._sending: list[Row] = []
-        self._files: deque[_Picture | _File] = deque()
+        self._items: dict[str, Item] = {}
+        self._spool = Spool(spool)
+        self._tags: dict[str, str] = {}
+        self._tables: set[str] | None = None
         self._client: MlflowClient | None = None
         self._last: dict[str, int] = {}
         self._pictures: set[tuple[str, int]] | None = None
@@ -87,16 +92,24 @@ class MlflowTracker:
     def log_picture(self, key: str, step: int, image: Image.Image) -> None:
         """See `mimiclab.tracking.protocol.Tracker.log_picture`."""
         check_picture(key, step)
-        picture = _Picture(key, step, image.convert("RGB").copy(), time.time_ns() // 1_000_000)
-        with self._lock:
-            self._check_open()
-            self._files.append(picture)
+        picture = Picture(key, step, image.convert("RGB").copy(), time.time_ns() // 1_000_000)
+        self._put(picture)
 
-    def log_artifact(self, path: Path, folder: str = "") -> None:
-        """See `mimiclab.tracking.protocol.Tracker.log_artifact`."""
+    def log_file(self, name: str, content: Content) -> None:
+        """See `mimiclab.tracking.protocol.Tracker.log_file`."""
+        check_file(name)
+        self._put(File(name, content))
+
+    def log_table(self, name: str, table: Table) -> None:
+        """See `mimiclab.tracking.protocol.Tracker.log_table`."""
+        check_file(name)
+        self._put(File(name, table.as_json(), is_table=True))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """See `mimiclab.tracking.protocol.Tracker.set_tags`."""
         with self._lock:
             self._check_open()
-            self._files.append(_File(path.absolute(), folder))
+            self._tags = {**self._tags, **tags}
 
     def unsent(self) -> list[Row]:
         """See `mimiclab.tracking.protocol.Tracker.unsent`."""
@@ -113,19 +126,41 @@ class MlflowTracker:
             self._deadline = min(self._deadline, time.monotonic() + timeout_s)
             self._closing.set()
         self._thread.join(timeout_s)
-        if self._files:
-            _log.warning("%d pictures and files could not be sent to MLflow at %s", len(self._files), self._uri)
+        if left := self.unsent_files():
+            self._keep()
+            _log.warning("%d pictures and files could not be sent to MLflow at %s", left, self._uri)
         return self.unsent()
+
+    def unsent_files(self) -> int:
+        """See `mimiclab.tracking.protocol.Tracker.unsent_files`."""
+        with self._lock:
+            return len(self._items)
+
+    def _put(self, item: Item) -> None:
+        with self._lock:
+            self._check_open()
+            # A newer file of a name takes the place of one that waits; a picture of a step is always the same.
+            self._items[item.id] = item
 
     def _check_open(self) -> None:
         if self._closing.is_set():
             raise RuntimeError("the tracker is closed")
+
+    def _keep(self) -> None:
+        """Put what waits into the spool."""
+        with self._lock:
+            items = list(self._items.values())
+        for item in items:
+            self._spool.add(item)
 
     # From here on: the thread.
 
     def _run(self) -> None:
         delay = _INTERVAL_S
         failing = False
+        before = self._spool.items()
+        with self._lock:
+            self._items = {**{item.id: item for item in before}, **self._items}
         while True:
             closing = self._closing.wait(delay)
             try:
@@ -134,6 +169,7 @@ class MlflowTracker:
                 if not failing:
                     _log.warning("MLflow at %s fails (%s); what is logged is kept", self._uri, error)
                 failing = True
+                self._keep()
                 delay = min(2 * delay, _MAX_BACK_OFF_S)
                 if closing:
                     time.sleep(_CLOSING_BACK_OFF_S)
@@ -156,9 +192,31 @@ class MlflowTracker:
             _send_rows(self._client, self._run_id, rows)
             with self._lock:
                 self._sending = []
-        while self._files and time.monotonic() < self._deadline:
-            self._send_file(self._client, self._files[0])
-            self._files.popleft()
+        self._send_tags(self._client)
+        while (item := self._next_item()) and time.monotonic() < self._deadline:
+            if isinstance(item, Picture):
+                self._send_picture(self._client, item)
+            else:
+                self._send_file(self._client, item)
+            with self._lock:
+                is_newest = self._items[item.id] is item
+                if is_newest:
+                    del self._items[item.id]
+            if is_newest:
+                self._spool.remove(item)
+
+    def _next_item(self) -> Item | None:
+        with self._lock:
+            return next(iter(self._items.values()), None)
+
+    def _send_tags(self, client: "MlflowClient") -> None:
+        from mlflow.entities import RunTag
+
+        tags = self._tags
+        if tags:
+            client.log_batch(self._run_id, tags=[RunTag(*tag) for tag in tags.items()], synchronous=True)
+            with self._lock:
+                self._tags = {key: value for key, value in self._tags.items() if tags.get(key) != value}
 
     def _next_rows(self) -> list[Row]:
         """The rows of the next call: those of the last one if it failed, else new ones of whole steps."""
@@ -175,15 +233,31 @@ class MlflowTracker:
                 self._last[row.key] = row.step
                 yield row
 
-    def _send_file(self, client: "MlflowClient", file: _Picture | _File) -> None:
-        if isinstance(file, _File):
-            if file.path.is_dir():
-                client.log_artifacts(self._run_id, str(file.path), file.folder or None)
-            elif file.path.exists():
-                client.log_artifact(self._run_id, str(file.path), file.folder or None)
-            else:
-                _log.warning("%s was gone before it could be sent to MLflow", file.path)
+    def _send_file(self, client: "MlflowClient", file: File) -> None:
+        try:
+            content = file.read()
+        except Exception as error:  # a picture that cannot be drawn is no reason to hold up the others
+            _log.warning("%s could not be made (%s)", file.name, error)
             return
+        path = Path(file.name)
+        with tempfile.TemporaryDirectory(prefix="mimiclab-") as folder:
+            local = Path(folder) / path.name
+            local.write_bytes(content)
+            client.log_artifact(self._run_id, str(local), str(path.parent) if path.parent.name else None)
+        if file.is_table:
+            self._name_table(client, file.name)
+
+    def _name_table(self, client: "MlflowClient", name: str) -> None:
+        if self._tables is None:
+            listed = json.loads(client.get_run(self._run_id).data.tags.get(_TABLES_TAG, "[]"))
+            self._tables = {each["path"] for each in listed}
+        if name not in self._tables:
+            tables = sorted({*self._tables, name})
+            value = json.dumps([{"path": each, "type": "table"} for each in tables])
+            client.set_tag(self._run_id, _TABLES_TAG, value, synchronous=True)
+            self._tables.add(name)
+
+    def _send_picture(self, client: "MlflowClient", file: Picture) -> None:
         known = self._pictures if self._pictures is not None else _known_pictures(client, self._run_id)
         self._pictures = None  # unknown until this one has arrived
         if (file.key, file.step) not in known:

@@ -85,32 +85,61 @@ def _train_seeds(loaded: LoadedExperiment, num: int, address: str | None, fresh:
 
 
 @app.command()
-def evaluate(run: RunName, storage: Storage = "./runs", verbose: Verbose = False) -> None:
+def evaluate(
+    run: RunName,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="ANNOTATIONS|PACKED", help="Score on this data set, not on the run's validation set."),
+    ] = None,
+    images: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the images of ANNOTATIONS.")] = None,
+    storage: Storage = "./runs",
+    verbose: Verbose = False,
+) -> None:
     """Score a run's best weights on its validation set, both heads."""
     from rich.console import Console
 
     from mimiclab import runs
     from mimiclab.summary import evaluate_run
 
-    evaluate_run(runs.find(run, storage), Console(soft_wrap=True, markup=False))
+    evaluate_run(runs.find(run, storage), Console(soft_wrap=True, markup=False), data, images)
 
 
 @app.command()
 def predict(
-    run: RunName,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files or folders.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL",
+            help="A run by its name, MLflow id, folder or URI; or a registered model, as models:/NAME@ALIAS or "
+            "models:/NAME/VERSION.",
+        ),
+    ],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="Image files, or folders that hold some at any depth.")
+    ],
     save: Annotated[Path, typer.Option(help="Folder for pictures and detections.json.")] = Path("predictions"),
     min_score: Annotated[float, typer.Option(help="Leave out detections below.", min=0, max=1)] = 0.3,
+    coco: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="ANNOTATIONS",
+            help="Write coco_results.json too, with this file's ids of images and classes, and all scores.",
+        ),
+    ] = None,
     storage: Storage = "./runs",
+    tracking: Annotated[str, typer.Option(help="MLflow's address, of registered models.")] = "sqlite:///mlflow.db",
     verbose: Verbose = False,
 ) -> None:
-    """Detect objects in images with a run's best weights."""
+    """Detect objects in images; an image that cannot be read is left out, and the exit code is 1 then."""
     from rich.console import Console
 
-    from mimiclab import runs
     from mimiclab.summary import predict_and_show
 
-    predict_and_show(runs.find(run, storage), images, save, min_score, Console(soft_wrap=True, markup=False))
+    console = Console(soft_wrap=True, markup=False)
+    if not predict_and_show(
+        model, images, save, console, min_score=min_score, coco=coco, storage=storage, tracking=tracking
+    ):
+        raise typer.Exit(1)
 
 
 @app.command()
