@@ -125,11 +125,9 @@ def predict_and_show(
     from mimiclab.predict import find_images, load_deployed, predict
     from mimiclab.tracking import models
 
+    run = None if reference.startswith(models.SCHEME) else runs.find(reference, storage)
     files = find_images(images, leave_out=save)
-    if reference.startswith(models.SCHEME):
-        model = models.load(tracking, reference)
-    else:
-        model = load_deployed(runs.find(reference, storage))
+    model = models.load(tracking, reference) if run is None else load_deployed(run)
     ids = None if coco is None else read_ids(coco, files, model.classes)
     started = time.perf_counter()
     with _counted(len(files), console) as done:

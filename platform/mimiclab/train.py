@@ -237,9 +237,9 @@ def _conclude(run: Run, ledger: Ledger, console: Console) -> None:
             raise ConnectionError(f"{len(left)} metric values and {tracker.unsent_files()} files did not reach it")
         run.storage.delete(runs.UNSENT)
         tracking.set_tags(run.tracking, run.mlflow_run_id, ledger.tags())
+        tracking.end_run(run.tracking, run.mlflow_run_id, status[run.status])
         if run.status == "finished":
             _log_model(run, warn)
-        tracking.end_run(run.tracking, run.mlflow_run_id, status[run.status])
         replace(run, recorded=True).write()
     except UserError as error:
         warn(str(error))

@@ -133,3 +133,13 @@ def test_clipping_says_how_much_of_a_box_is_left() -> None:
     assert share[1] == 1
     assert share[2] == share[3] == 0
     assert clipped[4].tolist() == [0, 0, 20, 10]
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (1, 5), (9, 3)])
+def test_an_image_may_shrink_to_one_pixel(shape: tuple[int, int]) -> None:
+    image = torch.arange(3 * shape[0] * shape[1], dtype=torch.uint8).reshape(3, *shape)
+
+    resized, _ = resize(image, torch.zeros(0, 4), (1, 1))
+
+    assert resized.dtype == torch.uint8
+    assert torch.allclose(resized.float().flatten(), image.float().mean((1, 2)), atol=1.0)

@@ -64,6 +64,7 @@ def trained(experiment: Experiment, ap: float, step: int = NUM_STEPS, *, tracked
     for at, value in ((1, 0.9), (step, ap)):
         metrics = {f"student/{name}": value for name in ("AP", "AP50", "AP75", "AP_small", "AP/disk")}
         meta = {"step": at, "classes": ["disk"], "best": {"step": 1, "value": 0.9}, "metrics": metrics, "unsent": []}
+        meta["experiment"] = experiment.model_dump(mode="json")
         checkpoint.save(folder / runs.CHECKPOINTS, {"w": torch.zeros(1)}, {}, meta)
 
 

@@ -1,11 +1,8 @@
-"""A search and its trials in a sqlite store, and the link to their comparison."""
-
-import json
-from urllib.parse import parse_qs
+"""A search and its trials in a sqlite store."""
 
 import pytest
 
-from mimiclab.tracking import runs, searches, ui
+from mimiclab.tracking import runs, searches
 from mimiclab.tracking.client import connect
 from mimiclab.tracking.searches import PARENT_TAG
 
@@ -21,17 +18,10 @@ def open_search(uri: str, name: str, num_trials: int) -> tuple[str, list[str]]:
     return parent, [runs.open_run(uri, "cells", f"{name}-{i}", "abc", {}, tags) for i in range(num_trials)]
 
 
-def links(uri: str, project: str | None) -> list[str]:
-    said: list[str] = []
-    ui._say_links(uri, "http://127.0.0.1:5000", project, said.append)
-    return said
-
-
 def test_the_newest_search_is_the_one_to_compare(uri: str) -> None:
     assert searches.newest_search(uri, "cells") is None
     runs.open_run(uri, "cells", "plain", "abc", {}, {})
     assert searches.newest_search(uri, "cells") is None
-    assert len(links(uri, "cells")) == 1
 
     open_search(uri, "first", 2)
     _, trials = open_search(uri, "second", 3)
@@ -41,22 +31,6 @@ def test_the_newest_search_is_the_one_to_compare(uri: str) -> None:
     assert found is not None
     assert (found.name, found.trials) == ("second", trials)
     assert searches.newest_search(uri, "others") is None
-    table, comparison = links(uri, "cells")
-    assert table.startswith("runs: http://127.0.0.1:5000/#/experiments/")
-    start, query = comparison.split("?")
-    assert start == "trials of second: http://127.0.0.1:5000/#/compare-runs"
-    assert '"' not in query
-    assert {key: json.loads(value) for key, [value] in parse_qs(query).items()} == {
-        "runs": trials,
-        "experiments": [found.experiment_id],
-    }
-
-
-def test_a_search_without_trials_has_nothing_to_compare(uri: str) -> None:
-    open_search(uri, "begun", 0)
-
-    assert len(links(uri, "cells")) == 1
-    assert links(uri, None) == ["runs: http://127.0.0.1:5000"]
 
 
 def test_the_end_of_a_trial_is_told_in_full(uri: str) -> None:

@@ -133,6 +133,12 @@ def test_a_view_of_many_runs_fits_one_tag(uri: str) -> None:
     assert len(json.dumps(view(uri, "wide", "best"))) < 10_000  # MLflow takes 20,000 characters
 
 
+def test_artifacts_out_of_reach_cost_the_pictures_only(uri: str) -> None:
+    connect(uri).create_experiment("remote", artifact_location="mlflow-artifacts:/1")  # those of a server
+    open_run(uri, "remote", "a", 0.5)
+    assert list(links(uri, "remote")) == ["leaderboard", "charts", "running run, a"]
+
+
 def test_who_may_only_read_gets_pages_that_need_no_view(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow.exceptions import RestException
 

@@ -54,7 +54,11 @@ def padded_size(sizes: Iterable[tuple[int, int]], divisor: int = 32) -> tuple[in
 def resize(image: Tensor, boxes: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Resize an image (3, H, W) and its boxes (M, 4) to `size` = (width, height), bilinear with antialias."""
     width, height = size
-    resized = F.resize(image, [height, width], antialias=True)
+    # torch 2.15 fails where bytes become a single pixel.
+    stored = image.float() if width == height == 1 else image
+    resized = F.resize(stored, [height, width], antialias=True)
+    if stored is not image:
+        resized = resized.round().to(image.dtype)
     # Multiplied before divided: a box that ends at the border still ends exactly there.
     scaled = boxes * boxes.new_tensor([width, height, width, height])
     return resized, scaled / boxes.new_tensor([image.shape[2], image.shape[1]] * 2)

@@ -66,7 +66,8 @@ def serve(uri: str, port: int | None = None, project: str | None = None, say: Ca
     port = free_port() if port is None else _free(port)
     connect(uri)  # what is wrong with the store is said before a server takes its time to start
     with _stopped_by_signals(), server(uri, port, say) as running:
-        _say_links(uri, running.base_url, project, say)
+        # The server also reaches what others have stored through a server of theirs.
+        _say_links(running.base_url, running.base_url, project, say)
         say("Ctrl-C stops the server")
         running.process.wait()
     say("the MLflow server has stopped")

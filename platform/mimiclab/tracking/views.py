@@ -103,7 +103,11 @@ def _known(names: Sequence[str], runs: Iterable[dict[str, Any]]) -> list[str]:
 
 def _pictures(client: "MlflowClient", run_id: str) -> list[str]:
     """The keys of a run's validation pictures, as MLflow names their files: images/KEY+step+..., slashes as "~"."""
-    names = (file.path.removeprefix("images/").partition("+")[0] for file in client.list_artifacts(run_id, "images"))
+    try:
+        files = client.list_artifacts(run_id, "images")
+    except Exception:  # of whatever storage it is: not to be reached from here is no reason to show no view
+        return []
+    names = (file.path.removeprefix("images/").partition("+")[0] for file in files)
     keys = dict.fromkeys(name.replace("~", "/") for name in names if name.startswith("validation"))
     return list(keys)[:_MAX_PICTURES]
 
