@@ -116,7 +116,13 @@ class Leader:
         self._tracker = MlflowTracker(self._tracking, self._mlflow_run_id, unsent, spool=spool)
         self._tracker.set_tags(facts(engine.device))
         keep = self._experiment.checkpoint.keep
-        self._saver = Saver(self._folder / CHECKPOINTS, keep=keep, warn=self._warn, written=self._tell_saved)
+        self._saver = Saver(
+            self._folder / CHECKPOINTS,
+            keep=keep,
+            warn=self._warn,
+            before=self._tracker.keep,
+            written=self._tell_saved,
+        )
         self._machines = Machines(draining_nodes, nodes, room=self._room(world, before))
         self._inbox.tell("attempt", step=engine.step, world=world, nodes=list(nodes), useful_s=self._useful_s)
         plural = "s" if world > 1 else ""

@@ -38,6 +38,7 @@ class Saver:
         *,
         keep: int,
         warn: Callable[[str], None],
+        before: Callable[[], object] = lambda: None,
         written: Callable[[int], object] = lambda _: None,
     ) -> None:
         """Prepare.
@@ -46,11 +47,13 @@ class Saver:
             folder: Holds the run's checkpoints; made when missing.
             keep: See `checkpoint.prune`.
             warn: Gets a line for each checkpoint that failed; called from another thread.
+            before: Called before each is written, from there too: makes last what a checkpoint takes for granted.
             written: Gets the step of each that was written; the same.
         """
         self._storage = storage_at(folder)
         self._keep = keep
         self._warn = warn
+        self._before = before
         self._tell = written
         self._thread: threading.Thread | None = None
         self._step: int | None = None
@@ -130,6 +133,7 @@ class Saver:
     def _write(self, started: float, content: tuple[Any, Any, Any], steps: Sequence[int], notice: bool) -> None:
         weights, state, meta = content
         try:
+            self._before()
             checkpoint.save(self._storage, weights, state, meta, notice=notice)
         except UserError as error:
             self._failures += 1

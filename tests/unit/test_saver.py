@@ -237,3 +237,17 @@ def test_a_mistake_in_the_program_is_no_failure_of_the_storage(tmp_path: Path) -
     for call in (lambda: target.flush(60), lambda: training.save_with(target)):
         with pytest.raises(AttributeError, match="local object"):
             call()
+
+
+def test_what_a_checkpoint_takes_for_granted_is_made_to_last_before_it(tmp_path: Path, warnings: list[str]) -> None:
+    seen: list[list[str]] = []
+    target = Saver(
+        tmp_path, keep=2, warn=warnings.append, before=lambda: seen.append([path.name for path in tmp_path.iterdir()])
+    )
+    training = Training()
+    training.step()
+    training.save_with(target)
+    target.flush(60)
+
+    assert seen == [[]]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("step-")] == ["step-00000001"]

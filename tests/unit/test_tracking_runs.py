@@ -227,6 +227,23 @@ def test_what_the_server_does_not_take_waits_in_the_run_s_folder(uri: str, run_i
     assert picture.startswith("images/val~a b+step+3+")
 
 
+def test_what_is_kept_outlives_the_process_and_is_gone_once_it_is_sent(uri: str, run_id: str, tmp_path: Path) -> None:
+    spool = Storage(tmp_path / "unsent")
+    made = []
+    tracker = MlflowTracker(uri, run_id, spool=spool)
+    tracker.log_picture("val/1", 5, Image.new("RGB", (32, 24), "red"))
+    tracker.log_file("a.txt", lambda: made.append("a") or b"a")
+    tracker.keep()  # before the writer's first round
+    assert len(spool.sizes()) == 2
+
+    assert tracker.close(30) == []
+    assert spool.sizes() == {}
+    assert (artifacts(uri, run_id) / "a.txt").read_bytes() == b"a"
+    assert made == ["a"]
+    tracker.keep()
+    assert spool.sizes() == {}
+
+
 def test_a_file_made_anew_takes_the_place_of_one_that_waits_in_the_folder(
     uri: str, run_id: str, tmp_path: Path
 ) -> None:

@@ -93,6 +93,13 @@ class Tracker(Protocol):
         """How many pictures and files the server does not have."""
         ...
 
+    def keep(self) -> None:
+        """Put the pictures and files that the server does not have where the next process finds them; waits for it.
+
+        May be called from any thread.
+        """
+        ...
+
 
 def as_key(text: str) -> str:
     """``text`` with every character that some key may not hold as "_"; for names from data, as of classes."""
@@ -199,6 +206,9 @@ class MemoryTracker:
     def unsent_files(self) -> int:
         """None."""
         return 0
+
+    def keep(self) -> None:
+        """Nothing: all that there is is here."""
 
     def history(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of one series, in order."""

@@ -2,7 +2,9 @@
 
 import io
 import logging
+import threading
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
     from mimiclab.storage import Storage
 
 _log = logging.getLogger(__name__)
+
+# Two threads may want the same figure.
+_making = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +56,12 @@ class File:
         return f"{'table' if self.is_table else 'file'}+{_flat(self.name)}"
 
     def read(self) -> bytes:
-        """Its content, made where it has to be."""
+        """Its content, made once where it has to be."""
+        with _making:
+            return self._made
+
+    @cached_property
+    def _made(self) -> bytes:
         return self.content if isinstance(self.content, bytes) else self.content()
 
 

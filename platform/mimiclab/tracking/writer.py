@@ -11,8 +11,8 @@ over crashes, outages and restarts:
   carry it, and the next process resends it first.
 
 Pictures and files follow the rows. What the server does not take is kept in the spool, a folder of the run, until
-it does: for the next process too. Only a process that is killed within the second or so between logging and sending
-loses one, unless it makes it again, as a run does that is killed before the checkpoint of its evaluation.
+it does: for the next process too. What waits when a checkpoint is written is kept there first, so that a process that
+is killed loses none that the next one does not make again.
 """
 
 import bisect
@@ -127,7 +127,7 @@ class MlflowTracker:
             self._closing.set()
         self._thread.join(timeout_s)
         if left := self.unsent_files():
-            self._keep()
+            self.keep()
             _log.warning("%d pictures and files could not be sent to MLflow at %s", left, self._uri)
         return self.unsent()
 
@@ -135,6 +135,17 @@ class MlflowTracker:
         """See `mimiclab.tracking.protocol.Tracker.unsent_files`."""
         with self._lock:
             return len(self._items)
+
+    def keep(self) -> None:
+        """See `mimiclab.tracking.protocol.Tracker.keep`."""
+        with self._lock:
+            items = list(self._items.values())
+        for item in items:
+            self._spool.add(item)
+            with self._lock:
+                is_sent = self._items.get(item.id) is not item
+            if is_sent:  # meanwhile
+                self._spool.remove(item)
 
     def _put(self, item: Item) -> None:
         with self._lock:
@@ -145,13 +156,6 @@ class MlflowTracker:
     def _check_open(self) -> None:
         if self._closing.is_set():
             raise RuntimeError("the tracker is closed")
-
-    def _keep(self) -> None:
-        """Put what waits into the spool."""
-        with self._lock:
-            items = list(self._items.values())
-        for item in items:
-            self._spool.add(item)
 
     # From here on: the thread.
 
@@ -169,7 +173,7 @@ class MlflowTracker:
                 if not failing:
                     _log.warning("MLflow at %s fails (%s); what is logged is kept", self._uri, error)
                 failing = True
-                self._keep()
+                self.keep()
                 delay = min(2 * delay, _MAX_BACK_OFF_S)
                 if closing:
                     time.sleep(_CLOSING_BACK_OFF_S)
