@@ -8,7 +8,7 @@ UV := $(BIN)/uv
 PARALLEL := --numprocesses=auto --dist=loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-faults test-browser test-all screenshots lint format type-check lock bench ui clean
+.PHONY: help setup demo test test-fast test-faults test-browser test-cluster test-all screenshots lint format type-check lock bench ui clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,11 +45,15 @@ test-faults: $(READY) ## tests that kill, fill and cut off what a run stands on
 test-browser: $(READY) ## tests that open MLflow's pages in Chromium (Debian: apt-get install chromium)
 	$(BIN)/pytest tests/browser
 
+test-cluster: $(READY) ## the whole story on a cluster of three nodes here: search, drain, promote, train, kill, go on
+	$(BIN)/pytest tests/cluster
+
 test-all: $(READY) ## every test
 	$(BIN)/pytest $(PARALLEL) tests/unit
 	$(BIN)/pytest tests/integration
 	$(BIN)/pytest tests/faults
 	$(BIN)/pytest tests/browser
+	$(BIN)/pytest tests/cluster
 
 screenshots: $(READY) ## docs/*.png of MLflow's pages, of a small store or of TRACKING=sqlite:///mlflow.db
 	PYTHONPATH=tests/support $(BIN)/python tests/browser/screenshots.py $(TRACKING)
