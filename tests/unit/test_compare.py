@@ -370,6 +370,7 @@ def test_what_names_hold_is_no_markdown() -> None:
     assert text == "## a\\*b\\*\n\n|  | x\\|y |\n| :-- | --: |\n| \\[k\\](l) | \\`z\\` \\\\ |\n"
 
 
+@pytest.mark.slow
 def test_the_command_line_compares_and_writes_markdown(root: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [

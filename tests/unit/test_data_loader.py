@@ -72,6 +72,7 @@ def test_what_cannot_be_read_ends_it_there(way: dict[str, int]) -> None:
         next(loader)
 
 
+@pytest.mark.slow
 def test_threads_read_ahead_and_no_further_than_they_should() -> None:
     numbers = Numbers()
     loader = load(numbers, range(1000), processes=0, threads=2)
