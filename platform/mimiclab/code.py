@@ -12,6 +12,11 @@ from pathlib import Path
 PACKAGES = ("mimicdet", "mimiclab")
 """What this project consists of, as modules."""
 
+COMMIT_TAG = "mlflow.source.git.commit"
+"""Of a run: its commit. MLflow's own, which its tables show as the version."""
+DIRTY_TAG = "git.dirty"
+"""Of a run: "true" where files had changed since that commit, else "false"."""
+
 _LEFT_OUT = ("__pycache__", "*.pyc", ".*")
 
 

@@ -15,10 +15,8 @@ import psutil
 import torch
 
 import mimiclab
-from mimiclab.code import running_code
+from mimiclab.code import COMMIT_TAG, DIRTY_TAG, running_code
 
-COMMIT_TAG = "mlflow.source.git.commit"
-"""MLflow's own, which its tables show as the version."""
 _VERSIONS = ("torch", "ray", "mlflow", "mimiclab")
 _LOCK = "requirements.lock"
 _GIT_TIMEOUT_S = 10
@@ -65,7 +63,7 @@ def git_state(checkout: Path) -> dict[str, str]:
     changed = _git(checkout, "status", "--porcelain", "--untracked-files=no")
     if commit is None or changed is None:
         return {}
-    return {COMMIT_TAG: commit, "git.dirty": str(bool(changed)).lower()}
+    return {COMMIT_TAG: commit, DIRTY_TAG: str(bool(changed)).lower()}
 
 
 def lock_hash(checkout: Path) -> str:

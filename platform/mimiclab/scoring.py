@@ -81,6 +81,19 @@ class Truth:
         kept = {name: value for name, value in metrics.items() if value >= 0}
         return Scored(kept, precision, *_matches(scorer, len(detections)))
 
+    def answers(self, detections: Detections) -> list[dict[str, Any] | None]:
+        """What pycocotools says of each image of each class, for detections (D, 7) and objects of all sizes.
+
+        Its `evalImgs`: images in order of their ids, class after class; None where an image has nothing of a class.
+        """
+        with _silent():
+            scorer = _scorer(self._coco, detections)
+            scorer.params.areaRng, scorer.params.areaRngLbl = scorer.params.areaRng[:1], scorer.params.areaRngLbl[:1]
+            scorer.params.maxDets = scorer.params.maxDets[-1:]
+            scorer.evaluate()
+        found: list[dict[str, Any] | None] = scorer.evalImgs
+        return found
+
 
 def match_any_class(
     dataset: CocoDataset, free: npt.NDArray[np.bool_], detections: Detections

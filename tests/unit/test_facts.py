@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from mimiclab.facts import COMMIT_TAG, facts, git_state, lock_hash
+from mimiclab.code import COMMIT_TAG
+from mimiclab.facts import facts, git_state, lock_hash
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mimiclab.compare.matches import IOUS, ClassMatches, Matches
+from mimiclab.compare.matches import ClassMatches, Matches
+from mimiclab.scoring import IOU_THRESHOLDS
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 1000
@@ -102,7 +103,7 @@ def precisions(matches: Matches, weights: Counts) -> Floats:
         (B, C, T) in [0, 1]; NaN where the images that count have no object of the class.
     """
     num = len(weights)
-    answer = np.full((num, len(matches.classes), len(IOUS)), np.nan)
+    answer = np.full((num, len(matches.classes), len(IOU_THRESHOLDS)), np.nan)
     for index, each in enumerate(matches.classes):
         size = max(1, _CHUNK // max(1, len(each.scores)))
         for start in range(0, num, size):
@@ -120,7 +121,7 @@ def _precisions(matches: ClassMatches, weights: Counts) -> Floats:
     counts = weights[:, matches.images]
     passed = np.cumsum(counts, 1, dtype=np.int32)
     stride = int(num_objects.max(initial=0)) + 1
-    answer = np.zeros((num_rows, len(IOUS)))
+    answer = np.zeros((num_rows, len(IOU_THRESHOLDS)))
     for level, (right, ignored) in enumerate(zip(matches.right, matches.ignored, strict=True)):
         places, skipped = np.flatnonzero(right), np.flatnonzero(ignored)
         if not places.size:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from mimiclab.data.coco import CocoDataset, coco_ground_truth
-from mimiclab.scoring import Detections
-
-IOUS = tuple(float(iou) for iou in np.linspace(0.5, 0.95, 10))
-"""The IoU thresholds of COCO's AP; T = 10."""
-
-_MAX_DETECTIONS = 100
+from mimiclab.data.coco import CocoDataset
+from mimiclab.scoring import IOU_THRESHOLDS, Detections, Truth
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,26 +53,13 @@ def match(dataset: CocoDataset, detections: Detections) -> Matches:
 
     This takes about as long as scoring them; everything after it is arithmetic.
     """
-    # Imported here, since it pulls in matplotlib.
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth, found = COCO(), COCO()
-        truth.dataset = coco_ground_truth(dataset)
-        found.dataset = {**truth.dataset, "annotations": [_entry(n, row) for n, row in enumerate(detections, start=1)]}
-        truth.createIndex()
-        found.createIndex()
-        scorer = COCOeval(truth, found, "bbox")
-        scorer.params.areaRng, scorer.params.areaRngLbl = scorer.params.areaRng[:1], scorer.params.areaRngLbl[:1]
-        scorer.params.maxDets = [_MAX_DETECTIONS]
-        scorer.evaluate()
+    found = Truth(dataset).answers(detections)
     num = len(dataset.columns)
     scores = np.full(len(dataset.columns.boxes), -1.0)
     classes = []
     for index in range(len(dataset.classes)):
         # In order of image ids, which is that of the columns.
-        answers = scorer.evalImgs[index * num : (index + 1) * num]
+        answers = found[index * num : (index + 1) * num]
         classes.append(_of_class(answers))
         for answer in filter(None, answers):
             by_id = dict(zip(answer["dtIds"], answer["dtScores"], strict=True))
@@ -89,24 +69,12 @@ def match(dataset: CocoDataset, detections: Detections) -> Matches:
     return Matches(tuple(classes), scores)
 
 
-def _entry(number: int, row: npt.NDArray[np.float64]) -> dict[str, object]:
-    return {
-        "id": number,
-        "image_id": int(row[0]),
-        "bbox": row[1:5].tolist(),
-        "area": float(row[3] * row[4]),
-        "score": float(row[5]),
-        "category_id": int(row[6]),
-        "iscrowd": 0,
-    }
-
-
 def _of_class(answers: list[dict[str, npt.NDArray[np.float64]] | None]) -> ClassMatches:
     known = [(position, answer) for position, answer in enumerate(answers) if answer is not None]
     objects = np.zeros(len(answers), np.int64)
     for position, answer in known:
         objects[position] = np.count_nonzero(np.asarray(answer["gtIgnore"]) == 0)
-    empty = np.zeros((len(IOUS), 0), bool)
+    empty = np.zeros((len(IOU_THRESHOLDS), 0), bool)
     images = np.repeat([position for position, _ in known], [len(answer["dtScores"]) for _, answer in known])
     scores = np.concatenate([np.zeros(0), *(answer["dtScores"] for _, answer in known)])
     ignored = np.concatenate([empty, *(np.asarray(answer["dtIgnore"], bool) for _, answer in known)], 1)

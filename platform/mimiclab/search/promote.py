@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mimiclab import runs
+from mimiclab.code import COMMIT_TAG, DIRTY_TAG
 from mimiclab.errors import UserError
 from mimiclab.experiment import LoadedExperiment, resolved_yaml
 from mimiclab.schema import Experiment
@@ -21,8 +22,6 @@ from mimiclab.tracking.tags import known_tags
 
 if TYPE_CHECKING:
     from mimiclab.data.order import Order
-
-_COMMIT_TAG, _DIRTY_TAG = "mlflow.source.git.commit", "git.dirty"
 
 
 def promote(
@@ -126,6 +125,6 @@ def _provenance(story: SearchStory, chosen: TrialStory, folder: Storage, record:
     tags = known_tags(run.tracking, run.mlflow_run_id)
     parent = f", of the search {tags[PARENT_TAG]}" if PARENT_TAG in tags else ""
     yield f"  MLflow {run.tracking}, run {run.mlflow_run_id}{parent}"
-    if commit := tags.get(_COMMIT_TAG):
-        changed = " and changes that were not committed" if tags.get(_DIRTY_TAG) == "true" else ""
+    if commit := tags.get(COMMIT_TAG):
+        changed = " and changes that were not committed" if tags.get(DIRTY_TAG) == "true" else ""
         yield f"  code of commit {commit}{changed}"
