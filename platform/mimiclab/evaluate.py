@@ -20,8 +20,8 @@ from mimiclab.data.loader import load
 from mimiclab.data.transforms import resized_size
 from mimiclab.engine import evaluate_pass
 from mimiclab.latency import Latency
-from mimiclab.schema import DataConfig, EvalConfig
-from mimiclab.scoring import Detections, Truth
+from mimiclab.schema import DataConfig, EvalConfig, Scorer
+from mimiclab.scoring import Detections, Truth, check_scorer
 
 ANALYSED = ("student", "teacher")
 """The heads whose errors are told apart."""
@@ -59,6 +59,7 @@ def evaluate(
 
     Every rank has to call it; all but rank 0 get None. `between` is called after every batch.
     """
+    check_scorer(config.scorer)
     latency = Latency(detector)
     share = detect(detector, dataset, data, config, rank=rank, world=world, between=between, latency=latency)
     shares: list[dict[str, Detections] | None] = [share]
@@ -67,7 +68,7 @@ def evaluate(
         dist.all_gather_object(shares, share)
     if rank != 0:
         return None
-    evaluation = score(dataset, [part for part in shares if part is not None])
+    evaluation = score(dataset, [part for part in shares if part is not None], config.scorer)
     return replace(evaluation, metrics={**evaluation.metrics, LATENCY: latency.milliseconds()})
 
 
@@ -114,13 +115,15 @@ def fixed_positions(dataset: CocoDataset, num: int) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, len(dataset.images) - 1, num)}) if num else []
 
 
-def score(dataset: CocoDataset, shares: Sequence[Mapping[str, Detections]]) -> Evaluation:
+def score(
+    dataset: CocoDataset, shares: Sequence[Mapping[str, Detections]], scorer: Scorer = "pycocotools"
+) -> Evaluation:
     """Metrics of each head from what the ranks detected; the same for any dealing of the images to ranks."""
     detections = {
         head: _by_image(np.concatenate([share[head] for share in shares if head in share]))
         for head in dict.fromkeys(head for share in shares for head in share)
     }
-    truth = Truth(dataset)
+    truth = Truth(dataset, scorer)
     scored = {head: truth.score(found) for head, found in detections.items()}
     analyses = {head: analyse(dataset, detections[head], scored[head]) for head in ANALYSED if head in scored}
     metrics = {f"{head}/{name}": value for head, each in scored.items() for name, value in each.metrics.items()}

@@ -6,16 +6,20 @@ import contextlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mimiclab.data.coco import CocoDataset, coco_ground_truth
+from mimiclab.errors import UserError
+from mimiclab.schema import Scorer
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
+
+    from mimiclab.pairs import PairScorer
 
 # pycocotools' summary, in its order.
 SUMMARY = (
@@ -57,21 +61,49 @@ class Scored:
         return self.counted & (self.matched >= 0)
 
 
-class Truth:
-    """A data set's objects as pycocotools holds them, made once for all heads; no image is read."""
+def check_scorer(scorer: Scorer) -> None:
+    """Make sure that a scorer is there.
 
-    def __init__(self, dataset: CocoDataset) -> None:
+    Raises:
+        UserError: it is not.
+    """
+    if scorer == "faster-coco-eval" and find_spec("faster_coco_eval") is None:
+        raise UserError(
+            "eval.scorer: faster-coco-eval is not installed; expected mimiclab[fast-eval], or pycocotools, which "
+            "gives the same numbers"
+        )
+
+
+class Truth:
+    """A data set's objects as pycocotools holds them, made once for all heads; no image is read.
+
+    Args:
+        dataset: the objects.
+        scorer: what computes the metrics; what each detection was matched with comes from pycocotools in any case.
+
+    Raises:
+        UserError: the scorer is not installed.
+    """
+
+    def __init__(self, dataset: CocoDataset, scorer: Scorer = "pycocotools") -> None:
         self.dataset = dataset
+        check_scorer(scorer)
+        self.scorer = scorer
         self._coco = _indexed(coco_ground_truth(dataset))
 
     def score(self, detections: Detections) -> Scored:
         """COCO's metrics of detections (D, 7), as pycocotools gives them."""
         with _silent():
-            scorer = _scorer(self._coco, detections)
+            scorer = matcher = _scorer(self._coco, detections)
+            if self.scorer == "faster-coco-eval":
+                scorer = _faster_scorer(self._coco.dataset, detections)
+                _match_only(matcher)
+                matcher.evaluate()
             scorer.evaluate()
             scorer.accumulate()
             scorer.summarize()
-        metrics = {name: float(value) for name, value in zip(SUMMARY, scorer.stats, strict=True)}
+        # faster-coco-eval adds metrics of its own after pycocotools'.
+        metrics = {name: float(value) for name, value in zip(SUMMARY, scorer.stats[: len(SUMMARY)], strict=True)}
         # (IoU thresholds, recalls, classes, areas, detections): all areas, the most detections.
         precision = scorer.eval["precision"][:, :, :, 0, -1]
         for index, name in enumerate(self.dataset.classes):
@@ -79,7 +111,7 @@ class Truth:
             known = known[known > -1]
             metrics[f"AP/{name}"] = float(known.mean()) if known.size else -1.0
         kept = {name: value for name, value in metrics.items() if value >= 0}
-        return Scored(kept, precision, *_matches(scorer, len(detections)))
+        return Scored(kept, precision, *_matches(matcher, len(detections)))
 
     def answers(self, detections: Detections) -> list[dict[str, Any] | None]:
         """What pycocotools says of each image of each class, for detections (D, 7) and objects of all sizes.
@@ -88,7 +120,7 @@ class Truth:
         """
         with _silent():
             scorer = _scorer(self._coco, detections)
-            scorer.params.areaRng, scorer.params.areaRngLbl = scorer.params.areaRng[:1], scorer.params.areaRngLbl[:1]
+            scorer.params.areaRng = scorer.params.areaRng[:1]
             scorer.params.maxDets = scorer.params.maxDets[-1:]
             scorer.evaluate()
         found: list[dict[str, Any] | None] = scorer.evalImgs
@@ -115,16 +147,36 @@ def match_any_class(
     classless[:, 6] = 1
     with _silent():
         scorer = _scorer(_indexed(content), classless)
-        scorer.params.iouThrs = np.array(IOU_THRESHOLDS[:1])
-        scorer.params.areaRng = scorer.params.areaRng[:1]
+        _match_only(scorer)
         scorer.evaluate()
     return _matches(scorer, len(detections))
 
 
-def _scorer(truth: COCO, detections: Detections) -> COCOeval:
-    from pycocotools.cocoeval import COCOeval
+def _scorer(truth: COCO, detections: Detections) -> PairScorer:
+    # Imported where it is used, since it pulls in matplotlib.
+    from mimiclab.pairs import PairScorer
 
-    found = [
+    content = {key: truth.dataset[key] for key in ("images", "categories")}
+    return PairScorer(truth, _indexed({**content, "annotations": _results(detections)}), "bbox")
+
+
+def _faster_scorer(truth: dict[str, Any], detections: Detections) -> Any:
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    content = {key: truth[key] for key in ("images", "categories")}
+    found = COCO({**content, "annotations": _results(detections)})
+    return COCOeval_faster(COCO(truth), found, "bbox", print_function=lambda *_: None)
+
+
+def _match_only(scorer: PairScorer) -> None:
+    """Let a scorer look at the first IoU threshold and at objects of all sizes, and at nothing else."""
+    scorer.params.iouThrs = np.array(IOU_THRESHOLDS[:1])
+    scorer.params.areaRng = scorer.params.areaRng[:1]
+
+
+def _results(detections: Detections) -> list[dict[str, Any]]:
+    """Detections as pycocotools keeps them, with ids from 1."""
+    return [
         {
             "id": number,
             "image_id": int(image),
@@ -136,8 +188,6 @@ def _scorer(truth: COCO, detections: Detections) -> COCOeval:
         }
         for number, (image, *box, score, category) in enumerate(detections.tolist(), start=1)
     ]
-    content = {key: truth.dataset[key] for key in ("images", "categories")}
-    return COCOeval(truth, _indexed({**content, "annotations": found}), "bbox")
 
 
 def _indexed(content: dict[str, Any]) -> COCO:
@@ -158,7 +208,7 @@ def _silent() -> Iterator[None]:
         yield
 
 
-def _matches(scorer: COCOeval, num: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+def _matches(scorer: PairScorer, num: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
     """(num,) object and whether it counts, at the first IoU threshold and of all areas, by pycocotools' ids from 1."""
     matched = np.full(num, -1, np.int64)
     counted = np.zeros(num, bool)

@@ -164,7 +164,9 @@ def check(experiment: Experiment, console: Console, *, fresh: bool = False) -> S
     from mimiclab.data.columns import ImageFiles
     from mimiclab.data.dataset import check_images
     from mimiclab.data.splits import read_splits
+    from mimiclab.scoring import check_scorer
 
+    check_scorer(experiment.eval.scorer)
     tracking.check_tracking(experiment.where.tracking)
     located = _located(experiment)
     splits = read_splits(located.data)

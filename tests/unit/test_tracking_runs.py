@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from mimiclab.errors import UserError
+from mimiclab.experiment import flatten, load_experiment
 from mimiclab.storage import Storage
 from mimiclab.tracking import runs
 from mimiclab.tracking.client import connect
@@ -55,8 +57,9 @@ def train(tracker: MlflowTracker, first: int, last: int) -> None:
 def test_the_same_command_finds_its_run_and_another_identity_does_not(uri: str) -> None:
     client = connect(uri)
     many = {f"model.part{i}": "x" * 7000 for i in range(150)}
-    first = runs.open_run(uri, "cells", 'o\'neil "1"', "abc", many, {"note": "a"})
+    first = runs.open_run(uri, "cells", 'o\'neil "1"', "abc", many, {"note": "a", "classes": "x" * 9000})
     run = client.get_run(first)
+    assert run.data.tags["classes"] == "x" * 8000
     assert run.info.run_name == 'o\'neil "1"'
     assert run.info.status == "RUNNING"
     assert len(run.data.params) == 150
@@ -64,13 +67,13 @@ def test_the_same_command_finds_its_run_and_another_identity_does_not(uri: str) 
 
     runs.end_run(uri, first, "FAILED")
     assert client.get_run(first).info.status == "FAILED"
-    # Where and how large a run is may change; MLflow lets no parameter change.
-    again = {"model.part7": "y", "scale.workers": "2"}
+    # MLflow lets no parameter change.
+    again = {"model.part7": "y", "data.flip": "True"}
     assert runs.open_run(uri, "cells", 'o\'neil "1"', "abc", again, {"note": "b"}) == first
     run = client.get_run(first)
     assert run.info.status == "RUNNING"
     assert run.data.params["model.part7"] == "x" * 6000
-    assert run.data.params["scale.workers"] == "2"
+    assert run.data.params["data.flip"] == "True"
     assert run.data.tags["note"] == "b"
 
     others = {
@@ -79,6 +82,19 @@ def test_the_same_command_finds_its_run_and_another_identity_does_not(uri: str) 
         runs.open_run(uri, "scenes", 'o\'neil "1"', "abc", {}, {}),
     }
     assert len(others | {first}) == 4
+
+
+def test_parameters_say_what_is_trained_and_not_who_where_and_how_fast(uri: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("name: x\ndata: {scenes: {}}\n")
+    params = {key: str(value) for key, value in flatten(load_experiment(tmp_path / "x.yaml").experiment).items()}
+    shown = connect(uri).get_run(runs.open_run(uri, "cells", "params", "abc", params, {})).data.params
+    sections = {key.split(".")[0] for key in shown}
+    assert sections == {"seed", "data", "model", "optim", "eval"}
+    assert {"seed", "optim.lr", "optim.epochs", "data.flip", "eval.metric"} <= shown.keys()
+    assert not {"data.loader_processes", "data.cache_gb"} & shown.keys()
+
+    parent = runs.open_run(uri, "cells", "params of a search", "abc", {"search.metric": "student/AP"}, {})
+    assert connect(uri).get_run(parent).data.params == {"search.metric": "student/AP"}
 
 
 def test_a_forgotten_run_is_kept_but_not_found_again(uri: str) -> None:
@@ -141,6 +157,17 @@ def test_a_deleted_project_is_named(uri: str) -> None:
         runs.open_run(uri, "gone", "a", "abc", {}, {})
 
 
+def test_a_run_that_was_deleted_is_named_with_how_to_restore_it(uri: str) -> None:
+    run_id = runs.open_run(uri, "cells", "deleted while it runs", "abc", {}, {})
+    tracker = MlflowTracker(uri, run_id)
+    connect(uri).delete_run(run_id)
+    found = f"has the run {run_id} as deleted; expected it restored: mlflow runs restore --run-id {run_id}"
+    with pytest.raises(UserError, match=found):
+        runs.log_dataset_input(uri, run_id, "bccd", "0" * 64, "/data/train.json", "train")
+    tracker.log_metrics(1, {"train/loss": 1.0})
+    assert len(tracker.close(2)) == 1
+
+
 def test_inputs_and_texts_are_stored_once_next_to_the_database(uri: str, run_id: str) -> None:
     for _ in range(2):
         runs.log_dataset_input(uri, run_id, "bccd", "0" * 64, "/data/train.json", "train")
@@ -153,6 +180,21 @@ def test_inputs_and_texts_are_stored_once_next_to_the_database(uri: str, run_id:
 
     stored = artifacts(uri, run_id)
     assert (stored / "experiment.yaml").read_text() == "name: größe"
+
+
+def test_runs_that_start_at_once_name_the_same_data_set(uri: str) -> None:
+    run_ids = [runs.open_run(uri, "cells", f"at-once-{number}", "abc", {}, {}) for number in range(4)]
+    together = threading.Barrier(len(run_ids))
+
+    def name_sets(run_id: str) -> None:
+        for number in range(8):
+            together.wait(timeout=60)
+            runs.log_dataset_input(uri, run_id, "shared", f"{number:036}", "/data/train.json", "train")
+
+    with ThreadPoolExecutor(len(run_ids)) as threads:
+        list(threads.map(name_sets, run_ids))
+    for run_id in run_ids:
+        assert len(connect(uri).get_run(run_id).inputs.dataset_inputs) == 8
 
 
 def test_a_file_takes_the_place_of_an_earlier_one_and_is_made_when_it_is_sent(
@@ -225,6 +267,22 @@ def test_what_the_server_does_not_take_waits_in_the_run_s_folder(uri: str, run_i
     assert "b.json" in connect(uri).get_run(run_id).data.tags["mlflow.loggedArtifacts"]
     (picture,) = (f.path for f in connect(uri).list_artifacts(run_id, "images") if f.path.endswith(".png"))
     assert picture.startswith("images/val~a b+step+3+")
+
+
+def test_a_file_in_the_folder_that_was_not_kept_there_holds_up_none_that_was(
+    uri: str, run_id: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool = Storage(tmp_path / "unsent")
+    before = MlflowTracker("http://127.0.0.1:9", run_id, spool=spool)
+    before.log_file("z.txt", b"z")
+    before.close(0.1)
+    spool.write("picture+a+1+2", b"no picture")
+    spool.write("notes", b"of a person")
+    tracker = MlflowTracker(uri, run_id, spool=spool)
+    assert tracker.close(30) == []
+    assert (artifacts(uri, run_id) / "z.txt").read_bytes() == b"z"
+    assert set(spool.sizes()) == {"picture+a+1+2", "notes"}
+    assert "picture+a+1+2: cannot identify image file" in caplog.text
 
 
 def test_what_is_kept_outlives_the_process_and_is_gone_once_it_is_sent(uri: str, run_id: str, tmp_path: Path) -> None:

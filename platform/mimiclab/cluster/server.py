@@ -7,11 +7,11 @@ import logging
 import os
 import urllib.error
 import urllib.request
-from collections import Counter
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from mimiclab.cluster import state
+from mimiclab.cluster.capacity import capacity
 from mimiclab.cluster.state import LocalCluster
 from mimiclab.errors import UserError
 
@@ -59,18 +59,18 @@ def connect_local(cluster: LocalCluster) -> JobSubmissionClient:
 
 
 def resources(client: JobSubmissionClient) -> dict[str, float]:
-    """What the nodes of a cluster have in all, as {"CPU": 8, ...}."""
+    """What the nodes of a cluster have in all, or will where it grows, as {"CPU": 8, ...}; see `capacity`."""
     from ray.util.state import list_nodes
 
-    total: Counter[str] = Counter()
-    for node in list_nodes(client.get_address(), filters=[("state", "=", "ALIVE")]):
-        total.update(node.resources_total)
-    return dict(total)
+    # Not filtered by Ray: what its filter leaves out of some nodes it takes for answers that were cut off, and raises.
+    nodes = list_nodes(client.get_address(), limit=10_000)
+    return capacity((node.resources_total, node.labels) for node in nodes if node.state == "ALIVE")
 
 
 def is_this_machine(client: JobSubmissionClient) -> bool:
     """Whether a job server is on this machine."""
-    return urlsplit(client.get_address()).hostname in ("127.0.0.1", "localhost", "::1")
+    address = client.get_address()
+    return urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1") or state.running_at(address) is not None
 
 
 def _client(name: str, address: str) -> JobSubmissionClient:
