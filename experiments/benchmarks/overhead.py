@@ -12,6 +12,7 @@ rounds' ratios.
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import platform
@@ -21,7 +22,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -29,14 +29,13 @@ import psutil
 import ray
 import torch
 from rich.console import Console
+from turns import await_steps, awake, follow, seconds_of_steps, workers_of
 
 from mimiclab.build import build_detector
 from mimiclab.data.dataset import training_batches
 from mimiclab.data.splits import locate, read_splits
 from mimiclab.engine import Engine
 from mimiclab.experiment import load_experiment
-from mimiclab.progress import PROGRESS, ProgressReader
-from mimiclab.runs import folder_of
 from mimiclab.schema import Experiment
 from mimiclab.train import train
 
@@ -74,23 +73,22 @@ def _measure(experiment: Experiment, rounds: int, seconds: float) -> None:
     measured: dict[str, list[list[float]]] = {"in Ray Train": [], "the engine alone": []}
 
     def take_turns() -> None:
-        reader = _reader(experiment)
-        _steps(reader, WARM_UP)
+        reader = follow(experiment)
+        await_steps(reader, WARM_UP)
         for _ in range(WARM_UP):
             here.recv()
-        worker = next(p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline()))
-        sides = {"in Ray Train": worker, "the engine alone": psutil.Process(bare.pid)}
-        for process in sides.values():
+        sides = {"in Ray Train": workers_of(psutil.Process()), "the engine alone": [psutil.Process(bare.pid)]}
+        for process in itertools.chain(*sides.values()):
             process.suspend()
-        _all_steps(reader)
+        seconds_of_steps(reader)
         list(_received(here))
         for number in range(rounds):
             for name in list(sides)[:: 1 if number % 2 else -1]:
-                with _awake(sides[name]):
+                with awake(sides[name]):
                     time.sleep(seconds)
-                found = _all_steps(reader) if name == "in Ray Train" else list(_received(here))
+                found = seconds_of_steps(reader) if name == "in Ray Train" else list(_received(here))
                 measured[name].append(found[1:])  # the first one was under way at the stop
-        for process in sides.values():
+        for process in itertools.chain(*sides.values()):
             process.resume()
         os.kill(os.getpid(), signal.SIGINT)  # as a user ends a run
 
@@ -119,32 +117,6 @@ def _print(measured: dict[str, list[list[float]]], experiment: Experiment) -> No
     ratios = [statistics.median(ours) / statistics.median(theirs) for ours, theirs in pairs if ours and theirs]
     spread = f"{min(ratios):.4f} | {max(ratios):.4f} | {len(ratios)} rounds"
     print(f"| ratio | {statistics.median(ratios):.4f} | {spread} |")
-
-
-@contextmanager
-def _awake(process: psutil.Process) -> Iterator[None]:
-    process.resume()
-    yield
-    process.suspend()
-
-
-def _reader(experiment: Experiment) -> ProgressReader:
-    path = folder_of(experiment) / PROGRESS
-    while not path.exists():
-        time.sleep(0.1)
-    return ProgressReader(path)
-
-
-def _steps(reader: ProgressReader, num: int) -> None:
-    while num > 0:
-        num -= sum(event["kind"] == "step" for event in reader.new_events())
-        time.sleep(0.1)
-
-
-def _all_steps(reader: ProgressReader) -> list[float]:
-    """Seconds of the steps since the last call, once all of them have arrived."""
-    time.sleep(1.0)
-    return [event["seconds"] for event in reader.new_events() if event["kind"] == "step"]
 
 
 def _received(connection: Connection) -> Iterator[float]:

@@ -22,7 +22,7 @@ from mimiclab.cluster.nodes import HEAD, Nodes
 from mimiclab.search.record import Record
 from mimiclab.storage import Storage
 
-pytestmark = [pytest.mark.cluster, pytest.mark.long]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(3000)]
 
 SEARCH = """
 search:
