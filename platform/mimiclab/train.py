@@ -89,11 +89,13 @@ def train(
         }
         with Lease.take(runs.storage_of(experiment), experiment.name) as lease:
             _reap(experiment, console)
-            run = _open(experiment, splits, uri, fresh=fresh, tags=tags or {})
+            run = _open(experiment, splits, uri, console, fresh=fresh, tags=tags or {})
             return _train(run, experiment, job, lease, console, fit)
 
 
-def _open(experiment: Experiment, splits: Splits, uri: str, *, fresh: bool, tags: Mapping[str, str]) -> Run:
+def _open(
+    experiment: Experiment, splits: Splits, uri: str, console: Console, *, fresh: bool, tags: Mapping[str, str]
+) -> Run:
     """Make a run, here and in MLflow, or find it again."""
     from mimiclab.data.coco import content_hash
 
@@ -110,6 +112,13 @@ def _open(experiment: Experiment, splits: Splits, uri: str, *, fresh: bool, tags
         params={key: str(value) for key, value in flatten(experiment).items()},
         tags={"mimiclab.classes": ", ".join(splits.train.classes), **tags},
     )
+    if before is not None and before.tracking == uri and before.mlflow_run_id != mlflow_run_id:
+        console.print(
+            f"warning: MLflow's run {before.mlflow_run_id}, which has this run's history so far, was deleted: the rest "
+            f"goes to a new one. mlflow runs restore --run-id {before.mlflow_run_id} brings it back",
+            highlight=False,
+            markup=False,
+        )
     ledger = before.ledger if before else {}
     run = Run(storage, known, uri, mlflow_run_id, splits.train.classes, "running", ledger)
     run.write()

@@ -1,11 +1,11 @@
-"""An MLflow server that hangs, dies and comes back while a run goes on."""
+"""An MLflow server that hangs, dies and comes back while a run goes on, and a store whose disk is full."""
 
 import os
 import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from tinyruns import at_step, history, quiet, said, tiny
 
 from mimiclab import runs
+from mimiclab.cli import main
 from mimiclab.errors import UserError
 from mimiclab.progress import PROGRESS
 from mimiclab.tracking.ui import server
@@ -99,3 +100,65 @@ def test_training_neither_waits_for_the_server_nor_loses_anything_to_it(
         file.path for file in client.list_artifacts(run.mlflow_run_id, "evaluation")
     }
     assert not list((folder / runs.UNSENT_FILES).glob("*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system that is soon full."""
+    place = tmp_path / "small"
+    place.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", place], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a small disk needs the right to mount one: {error}")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def fill(file: Path) -> None:
+    """Leave no room on a file's disk."""
+    with file.open("wb", buffering=0) as opened, suppress(OSError):
+        while opened.write(bytes(4096)) == 4096:
+            pass
+
+
+def on(store: Path, tmp_path: Path) -> tuple[str, ...]:
+    """What has an experiment tracked there."""
+    tracking = f"where.tracking=sqlite:///{store}"
+    return (tracking, f"where.storage={tmp_path}/runs", "optim.epochs=8", "scale.workers=1")
+
+
+def test_a_full_disk_under_a_store_is_one_message_before_a_worker_starts(
+    root: Path, tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = small_disk / "mlflow.db"
+    overrides = on(store, tmp_path)
+    folder = runs.folder_of(tiny(root, *overrides))
+    fill(small_disk / "filler")
+    with pytest.raises(SystemExit) as caught:
+        main(["train", str(root / "tiny.yaml"), *(word for each in overrides for word in ("--set", each))])
+    assert caught.value.code == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert line.startswith(f"error: where.tracking: sqlite:///{store} cannot be used: ")
+    assert line.endswith("on a disk with room")
+    assert not (folder / PROGRESS).exists()
+
+
+@pytest.mark.long
+def test_a_disk_that_fills_up_under_a_store_costs_no_record(root: Path, tmp_path: Path, small_disk: Path) -> None:
+    experiment = tiny(root, *on(small_disk / "mlflow.db", tmp_path))
+    filler = small_disk / "filler"
+    at_step(runs.folder_of(experiment), 8, lambda: fill(filler))
+    console = quiet()
+    run = train(experiment, console=console)
+    assert run.status == "finished"
+    assert "did not take the end of the run" in said(console)
+    assert history(run, "train/loss")[-1][0] < LAST
+
+    filler.unlink()
+    train(experiment, console=quiet())
+    assert [step for step, _ in history(run, "train/loss")] == list(range(1, LAST + 1))
+    client = MlflowClient(run.tracking)
+    assert client.get_run(run.mlflow_run_id).info.status == "FINISHED"
+    pictures = client.list_artifacts(run.mlflow_run_id, "images")
+    assert {int(file.path.split("+")[2]) for file in pictures} == {0, 5, 10, 14, 19, 24, 28, 33, 38}

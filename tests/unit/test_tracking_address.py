@@ -31,6 +31,7 @@ def test_a_store_that_can_be_made_is_accepted(tmp_path: Path) -> None:
     [
         ("mlflow.db", "'mlflow.db' is no tracking address"),
         ("postgres://db/runs", "'postgres://db/runs' is no tracking address"),
+        ("http://[::1", "'http://[::1' is no tracking address (Invalid IPv6 URL)"),
         ("sqlite:///", "names no file"),
         ("sqlite:////", "names no file"),
         ("sqlite:///:memory:", "names no file"),
@@ -47,6 +48,13 @@ def test_a_wrong_address_is_named_with_what_was_expected(uri: str, found: str) -
     assert uri in message
     assert found in message
     assert "expected" in message
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "postgresql"])
+def test_a_password_in_the_address_is_refused_and_not_repeated(scheme: str) -> None:
+    with pytest.raises(UserError, match=r"found credentials in the address.*expected them in MLFLOW_TRACKING") as error:
+        check_tracking(f"{scheme}://ada:pa55word@127.0.0.1:9")
+    assert "pa55word" not in str(error.value)
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def server(status: int) -> Iterator[str]:
 
         def _answer(self) -> None:
             healthy = self.path == "/health"
-            body = b"OK" if healthy else b"You are not authenticated."
+            body = b"OK" if healthy else b"You may not."
             self.send_response(200 if healthy else status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -111,15 +111,33 @@ def server(status: int) -> Iterator[str]:
             thread.join()
 
 
-@pytest.mark.parametrize("status", [401, 403])
-def test_wrong_credentials_are_named_with_where_they_are_expected(status: int) -> None:
+@pytest.mark.parametrize(
+    ("status", "user", "found"),
+    [
+        (401, "ada", "answers 401 to the user 'ada'; expected one of its users and that one's password"),
+        (401, "", "answers 401 to a request without a user; expected one of its users and that one's password"),
+        (403, "ada", "answers 403 to the user 'ada': You may not.; expected a user who may do that"),
+    ],
+)
+def test_who_is_refused_is_told_where_credentials_are_expected(
+    status: int, user: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", user)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
     with server(status) as uri, pytest.raises(UserError) as caught:
         Store(uri)
 
     assert str(caught.value) == (
-        f"where.tracking: {uri} refuses the credentials; expected those of one of its users in "
-        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        f"where.tracking: {uri} {found}, in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or "
+        "MLFLOW_TRACKING_TOKEN), or in ~/.mlflow/credentials"
     )
+
+
+def test_a_server_that_does_not_reach_its_database_is_named() -> None:
+    with server(503) as uri, pytest.raises(UserError) as caught:
+        Store(uri)
+
+    assert str(caught.value) == f"where.tracking: {uri} answers 503; expected a server that reaches its database"
 
 
 def test_a_server_that_is_gone_is_named() -> None:

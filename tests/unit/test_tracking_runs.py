@@ -277,11 +277,11 @@ def test_a_file_in_the_folder_that_was_not_kept_there_holds_up_none_that_was(
     before.log_file("z.txt", b"z")
     before.close(0.1)
     spool.write("picture+a+1+2", b"no picture")
-    spool.write("notes", b"of a person")
+    spool.write("a note", b"of a person")
     tracker = MlflowTracker(uri, run_id, spool=spool)
     assert tracker.close(30) == []
     assert (artifacts(uri, run_id) / "z.txt").read_bytes() == b"z"
-    assert set(spool.sizes()) == {"picture+a+1+2", "notes"}
+    assert set(spool.sizes()) == {"picture+a+1+2", "a note"}
     assert "picture+a+1+2: cannot identify image file" in caplog.text
 
 

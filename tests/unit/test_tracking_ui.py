@@ -64,6 +64,10 @@ def test_addresses_lie_below_the_path_of_the_server() -> None:
     }
 
 
+def test_a_store_that_is_silent_at_the_end_of_a_command_is_no_reason_to_fail() -> None:
+    assert ui.place_of("http://127.0.0.1:9", "a" * 32).startswith("http://127.0.0.1:9, which does not say now where ")
+
+
 def test_a_project_without_runs_has_no_dead_links(uri: str) -> None:
     open_run(uri, "others", "a")
     said: list[str] = []

@@ -47,15 +47,24 @@ def check_tracking(uri: str, timeout_s: float = 5) -> None:
 
     Raises:
         UserError: The address is of no known kind, the server does not answer as MLflow does within
-            ``timeout_s`` seconds, or the sqlite file cannot be written.
+            ``timeout_s`` seconds, it holds a password, or the sqlite file cannot be written.
     """
     path = sqlite_path(uri)
     if path is not None:
         _check_sqlite(uri, path)
-    elif urlsplit(uri).scheme in ("http", "https"):
-        _check_server(uri, timeout_s)
-    else:
+        return
+    try:
+        scheme, place, *_ = urlsplit(uri)
+    except ValueError as error:
+        raise UserError(f"where.tracking: {uri!r} is no tracking address ({error}); {_EXPECTED}") from error
+    if "@" in place:  # not shown: a message may go into a log
+        raise UserError(
+            "where.tracking: found credentials in the address, which goes into every record of a run; expected them "
+            "in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or in ~/.mlflow/credentials"
+        )
+    if scheme not in ("http", "https"):
         raise UserError(f"where.tracking: {uri!r} is no tracking address; {_EXPECTED}")
+    _check_server(uri, timeout_s)
 
 
 def _check_sqlite(uri: str, path: Path) -> None:

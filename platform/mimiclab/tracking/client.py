@@ -1,20 +1,25 @@
 """The one door to MLflow: loads it quietly, with calls that fail within seconds and say what a user can mend."""
 
 import contextlib
+import errno
 import functools
 import logging
 import os
+import re
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from mimiclab.errors import UserError
 from mimiclab.tracking.address import absolute_uri, read_sqlite, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -40,13 +45,15 @@ def load() -> None:
 
     # Something else may have imported it before the environment was set.
     logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
+    # It prints the traceback of an error of the database that it raises all the same.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def connect(uri: str) -> "MlflowClient":
     """A client of the store at ``uri``.
 
     Raises:
-        UserError: The store is a sqlite file that another version of MLflow made.
+        UserError: The store is a sqlite file that another version of MLflow made, or that cannot be made.
     """
     load()
     from mlflow import MlflowClient
@@ -57,7 +64,8 @@ def connect(uri: str) -> "MlflowClient":
         return MlflowClient(uri)
     _check_tables(path)
     try:
-        return MlflowClient(absolute_uri(uri))
+        with refusals_explained(uri):
+            return MlflowClient(absolute_uri(uri))
     except MlflowException as error:
         if "database schema" in error.message:
             raise _another_version(path, error.message.partition(".")[0]) from error
@@ -66,26 +74,98 @@ def connect(uri: str) -> "MlflowClient":
 
 @contextlib.contextmanager
 def refusals_explained(uri: str) -> Iterator[None]:
-    """Tell of a server that refuses calls, or does not answer them, as of a mistake that a user can mend.
+    """Tell of what a store refuses, or cannot do, as of a mistake that a user can mend.
 
     Raises:
-        UserError: The user is not known there or may not do that, or nothing answers any more.
+        UserError: A server does not know the user, does not allow that, does not answer or does not reach what it
+            stands on; a sqlite store cannot be written; or the run was deleted.
     """
-    from mlflow.exceptions import MlflowException
-
     try:
         yield
-    except MlflowException as error:
-        start = f"where.tracking: {uri}"
-        status = error.get_http_status_code()
-        if status in (401, 403):
-            raise UserError(
-                f"{start} answers {status}: {error.message}; expected a user who may read it, named by "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN)"
-            ) from error
-        if "Max retries exceeded" in error.message:  # its way to say that the connection failed
-            raise UserError(f"{start} does not answer any more; expected a running MLflow server") from error
+    except UserError:
         raise
+    except Exception as error:
+        found = mistake(uri, error)
+        if found is None:
+            raise
+        raise UserError(f"where.tracking: {uri} {found}") from error
+
+
+def explained(function: Callable[Concatenate[str, P], Result]) -> Callable[Concatenate[str, P], Result]:
+    """`refusals_explained` for all of a function, whose first argument is the address of the store."""
+
+    @functools.wraps(function)
+    def wrapped(uri: str, /, *args: P.args, **kwargs: P.kwargs) -> Result:
+        with refusals_explained(uri):
+            return function(uri, *args, **kwargs)
+
+    return wrapped
+
+
+def mistake(uri: str, error: Exception) -> str | None:
+    """What is wrong with a store, if a user can mend what raised this error; it goes on after the address."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
+    path = sqlite_path(uri)
+    if path is not None:
+        for cause in _causes(error):
+            if isinstance(cause, sqlite3.OperationalError):
+                return (
+                    f"cannot be used: {cause}; expected {path} to be a file that may be written to, on a disk with room"
+                )
+            if isinstance(cause, OSError) and cause.errno in _UNWRITABLE:
+                return f"cannot take a file: {cause}; expected a folder that may be written to, on a disk with room"
+    if isinstance(error, RequestException):  # on the way to the artifacts
+        return f"did not take or give a file: {_line(error)}; expected a server that reaches where its artifacts are"
+    if not isinstance(error, MlflowException):
+        return None
+    if deleted := _DELETED.search(error.message):
+        return f"has the run {deleted[1]} as deleted; expected it restored: mlflow runs restore --run-id {deleted[1]}"
+    if path is not None:
+        return None
+    status = error.get_http_status_code()
+    if status == 401:
+        return f"answers 401 to {_who()}; expected one of its users and that one's password, {_CREDENTIALS}"
+    if status == 403:
+        body = _BODY.search(error.message)
+        return (
+            f"answers 403 to {_who()}: {_line(body[1] if body else error.message)}; expected a user who may do "
+            f"that, {_CREDENTIALS}"
+        )
+    if failed := _FAILED.search(error.message):
+        return f"answers {failed[1]}; expected a server that reaches its database"
+    if _UNANSWERED.search(error.message):
+        return "does not answer any more; expected a running MLflow server"
+    return None
+
+
+_CREDENTIALS = (
+    "in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN), or in ~/.mlflow/credentials"
+)
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# How MLflow's client words these.
+_DELETED = re.compile(r"run (\w+) must be in the 'active' state")
+_BODY = re.compile(r"Response body: '(.*)'", re.DOTALL)
+_FAILED = re.compile(r"too many (5\d\d) error responses")
+_UNANSWERED = re.compile(r"failed with (timeout )?exception|Max retries exceeded")
+
+
+def _who() -> str:
+    from mlflow.utils.credentials import read_mlflow_creds
+
+    name = read_mlflow_creds().username
+    return f"the user {name!r}" if name else "a request without a user"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _line(error: object) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal
 
-from mimiclab.tracking.client import connect
+from mimiclab.tracking.client import connect, explained
 from mimiclab.tracking.runs import open_run
 
 PARENT_TAG = "mlflow.parentRunId"
@@ -22,6 +22,7 @@ def open_parent(
     return open_run(uri, project, name, identity, params, tags={KIND_TAG: kind, NOTE_TAG: note})
 
 
+@explained
 def end_parent(uri: str, run_id: str, status: Status, metrics: Mapping[str, float]) -> None:
     """Mark a parent run as over and record what came of its children; a value that it has stays as it is."""
     client = connect(uri)

@@ -1,13 +1,12 @@
 """Runs as MLflow has them, many with each call."""
 
 import posixpath
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mimiclab.errors import UserError
 from mimiclab.tracking.address import absolute_uri, check_tracking, sqlite_path
-from mimiclab.tracking.client import connect
+from mimiclab.tracking.client import connect, refusals_explained
 from mimiclab.tracking.parents import KIND_TAG, PARENT_TAG
 from mimiclab.tracking.runs import FORGOTTEN_TAG
 
@@ -60,7 +59,7 @@ class Store:
         if path is not None and not path.exists():  # it would be made
             raise UserError(f"where.tracking: {uri}: there is no file {path}; expected one that holds runs")
         self.uri = absolute_uri(uri)
-        with self._understood():
+        with refusals_explained(self.uri):
             from mlflow.entities import ViewType
 
             self._client = connect(uri)
@@ -120,7 +119,7 @@ class Store:
         """
         from mlflow.exceptions import MlflowException
 
-        with self._understood():
+        with refusals_explained(self.uri):
             try:
                 self._client.delete_run(run_id)
             except MlflowException as error:
@@ -133,7 +132,7 @@ class Store:
     def registered(self, run_ids: Sequence[str]) -> list[str]:
         """The registered models that were made of these runs, each as `NAME version N`."""
         ids = ", ".join(f"'{each}'" for each in run_ids)
-        with self._understood():
+        with refusals_explained(self.uri):
             found = self._client.search_model_versions(f"run_id IN ({ids})") if run_ids else []
             return [f"{each.name} version {each.version}" for each in found]
 
@@ -143,7 +142,7 @@ class Store:
         where = list(self._projects) if projects is None else list(projects)
         found: list[Record] = []
         token = None
-        with self._understood():
+        with refusals_explained(self.uri):
             while token != "" and where:
                 page = self._client.search_runs(
                     where, query, ViewType.ALL, _PAGE, order_by=["attributes.start_time ASC"], page_token=token
@@ -169,18 +168,3 @@ class Store:
             run.data.params,
             run.data.metrics,
         )
-
-    @contextmanager
-    def _understood(self) -> Iterator[None]:
-        """Turn what a user can mend into a message."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            yield
-        except MlflowException as error:
-            if "error code 401" in str(error) or "error code 403" in str(error):
-                raise UserError(
-                    f"where.tracking: {self.uri} refuses the credentials; expected those of one of its users in "
-                    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-                ) from error
-            raise

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mimiclab.errors import UserError
-from mimiclab.tracking.address import absolute_uri, artifact_folder, check_tracking, sqlite_path
-from mimiclab.tracking.client import connect
+from mimiclab.tracking import address
+from mimiclab.tracking.address import absolute_uri, artifact_folder, sqlite_path
+from mimiclab.tracking.client import connect, explained
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,11 +32,31 @@ NAME_TAG = "mimiclab.run"
 IDENTITY_TAG = "mimiclab.identity"
 FORGOTTEN_TAG = "mimiclab.forgotten"
 
+NOT_COMPARED = ("name", "where.", "scale.", "checkpoint.", "data.loader_processes", "data.cache")
+"""Beginnings of keys that say who, where and how fast rather than what was trained. They may change while a run goes
+on, which a parameter in MLflow may not: the experiment that is stored with the run has them as they were last."""
+
 # MLflow's limits.
 _MAX_PARAM_LENGTH = 6000
+_MAX_TAG_LENGTH = 8000
 _MAX_DIGEST_LENGTH = 36
 
 
+@explained
+def check_tracking(uri: str) -> None:
+    """Make sure that this user can track runs at this address; a store that is there is opened, none is made.
+
+    Raises:
+        UserError: See `mimiclab.tracking.address.check_tracking`; or another version of MLflow made the store, or a
+            server does not know the user.
+    """
+    address.check_tracking(uri)
+    path = sqlite_path(uri)
+    if path is None or (path.exists() and path.stat().st_size):
+        connect(uri).search_experiments(max_results=1)
+
+
+@explained
 def open_run(
     uri: str, project: str, name: str, identity: str, params: Mapping[str, str], tags: Mapping[str, str]
 ) -> str:
@@ -48,19 +69,22 @@ def open_run(
         project: The MLflow experiment that holds the run; made if missing.
         name: The run's name, also shown by MLflow.
         identity: The hash of what the run computes.
-        params: The resolved experiment as flat dotted keys. Values are cut at 6,000 characters. MLflow
-            lets no parameter change, so a reopened run keeps what it has and gets only what it lacks.
-        tags: More tags of the run; a reopened run's are overwritten.
+        params: The resolved experiment as flat dotted keys; of them, MLflow gets those that say what is trained.
+            Values are cut at 6,000 characters. MLflow lets no parameter change, so a reopened run keeps what it has
+            and gets only what it lacks.
+        tags: More tags of the run, cut at 8,000 characters; a reopened run's are overwritten.
 
     Returns:
         MLflow's id of the run.
 
     Raises:
-        UserError: The project was deleted in MLflow.
+        UserError: The project was deleted in MLflow, or see `mimiclab.tracking.client.refusals_explained`.
     """
     client = connect(uri)
     from mlflow.entities import Param, RunTag
 
+    # MLflow's client leaves those of a new run as they are, which PostgreSQL refuses.
+    tags = {key: value[:_MAX_TAG_LENGTH] for key, value in tags.items()}
     experiment_id = _open_project(client, uri, project)
     run = _find_run(client, experiment_id, name, identity)
     if run is None:
@@ -71,11 +95,13 @@ def open_run(
         client.update_run(run.info.run_id, status="RUNNING")
 
     run_id = str(run.info.run_id)
-    missing = [Param(key, value[:_MAX_PARAM_LENGTH]) for key, value in params.items() if key not in run.data.params]
+    shown = {key: value[:_MAX_PARAM_LENGTH] for key, value in params.items() if _says_what(key)}
+    missing = [Param(key, value) for key, value in shown.items() if key not in run.data.params]
     client.log_batch(run_id, params=missing, synchronous=True)
     return run_id
 
 
+@explained
 def forget_run(uri: str, project: str, name: str, identity: str) -> None:
     """Make the next `open_run` start anew. What was recorded stays, tagged as forgotten."""
     client = connect(uri)
@@ -130,13 +156,15 @@ def started(uri: str, run_id: str) -> float:
 
 
 def set_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
-    """Set tags of a run, in place of earlier ones of those names."""
+    """Set tags of a run, cut at 8,000 characters, in place of earlier ones of those names."""
     client = connect(uri)
     from mlflow.entities import RunTag
 
-    client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()], synchronous=True)
+    cut = [RunTag(key, value[:_MAX_TAG_LENGTH]) for key, value in tags.items()]
+    client.log_batch(run_id, tags=cut, synchronous=True)
 
 
+@explained
 def log_dataset_input(uri: str, run_id: str, name: str, digest: str, source: str, context: str) -> None:
     """Name a data set that the run reads; the same one again changes nothing.
 
@@ -150,19 +178,32 @@ def log_dataset_input(uri: str, run_id: str, name: str, digest: str, source: str
     """
     client = connect(uri)
     from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.exceptions import MlflowException
 
     dataset = Dataset(name, digest[:_MAX_DIGEST_LENGTH], "local", json.dumps({"uri": source}))
-    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+    inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
+    try:
+        client.log_inputs(run_id, inputs)
+    except MlflowException:
+        # MLflow looks whether it knows the data set, then adds it: of runs that start at once, all but one are refused,
+        # and find it there the next time.
+        client.log_inputs(run_id, inputs)
 
 
+@explained
 def log_text(uri: str, run_id: str, text: str, file: str = "experiment.yaml") -> None:
     """Store a text as an artifact of the run, in place of an earlier one of that name."""
     connect(uri).log_text(run_id, text, file)
 
 
+@explained
 def log_file(uri: str, run_id: str, file: Path, folder: str) -> None:
     """Store a file in a folder of the run's artifacts, in place of an earlier one of that name."""
     connect(uri).log_artifact(run_id, str(file), folder)
+
+
+def _says_what(key: str) -> bool:
+    return not key.startswith(NOT_COMPARED) and key != "search"  # which a search's own run has keys of, all others null
 
 
 def _open_project(client: "MlflowClient", uri: str, project: str) -> str:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mimiclab.tracking.client import connect
+from mimiclab.tracking.client import connect, explained
 from mimiclab.tracking.parents import KIND_TAG, NOTE_TAG, PARENT_TAG, Status, end_parent, open_parent
 from mimiclab.tracking.protocol import as_key
+from mimiclab.tracking.runs import set_tags
 
 __all__ = [
     "OUTCOME_TAG",
@@ -51,6 +52,7 @@ def best_key(metric: str, *, is_sum: bool = False) -> str:
     return "/".join(["best", *map(as_key, metric.split("/", 2))])
 
 
+@explained
 def end_search(
     uri: str, run_id: str, status: Status, best: str | None, metrics: Mapping[str, float], note: str
 ) -> None:
@@ -64,13 +66,11 @@ def end_search(
         metrics: More of the parent, as what was spent; the history of the best value is sent as it grows.
         note: The parent's new description, in Markdown.
     """
-    client = connect(uri)
-    client.set_tag(run_id, NOTE_TAG, note)
-    if best is not None:
-        client.set_tag(run_id, _BEST_TAG, best)
+    set_tags(uri, run_id, {NOTE_TAG: note} if best is None else {NOTE_TAG: note, _BEST_TAG: best})
     end_parent(uri, run_id, status, metrics)
 
 
+@explained
 def end_trial(
     uri: str, run_id: str, outcome: str, status: Status, values: Mapping[str, Any], error: str | None
 ) -> None:
@@ -80,10 +80,8 @@ def end_trial(
     """
     client = connect(uri)
     before = client.get_run(run_id).data
-    client.set_tag(run_id, OUTCOME_TAG, outcome)
-    if error is not None:
-        client.set_tag(run_id, _ERROR_TAG, error)
-    elif _ERROR_TAG in before.tags:
+    set_tags(uri, run_id, {OUTCOME_TAG: outcome} if error is None else {OUTCOME_TAG: outcome, _ERROR_TAG: error})
+    if error is None and _ERROR_TAG in before.tags:
         client.delete_tag(run_id, _ERROR_TAG)
     for key, value in values.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and before.metrics.get(key) != value:

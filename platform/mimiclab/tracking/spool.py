@@ -79,14 +79,20 @@ class Spool:
         """What an earlier process has left."""
         if self._folder is None:
             return []
-        found: list[Item] = []
         try:
-            for name in sorted(name for name in self._folder.sizes() if not name.startswith(".")):
-                item = _parsed(name, self._folder.read(name))
-                self._kept[name] = item
-                found.append(item)
-        except (UserError, OSError, ValueError) as error:  # the last two: nothing that was kept here
+            names = sorted(name for name in self._folder.sizes() if not name.startswith("."))
+        except UserError as error:
             _log.warning("%s", error)
+            return []
+        found: list[Item] = []
+        for name in names:
+            try:
+                item = _parsed(name, self._folder.read(name))
+            except (UserError, OSError, ValueError, SyntaxError) as error:  # the last three: nothing that was kept here
+                _log.warning("%s: %s", name, error)
+                continue
+            self._kept[name] = item
+            found.append(item)
         return found
 
     def add(self, item: Item) -> None:

@@ -9,10 +9,7 @@ def known_tags(uri: str, run_id: str) -> dict[str, str]:
     path = sqlite_path(uri)
     if path is not None and not path.exists():  # it would be made
         return {}
-    client = connect(uri)
-    from mlflow.exceptions import MlflowException
-
     try:
-        return dict(client.get_run(run_id).data.tags)
-    except MlflowException:
+        return dict(connect(uri).get_run(run_id).data.tags)
+    except Exception:  # MLflow's, of HTTP or of SQL
         return {}

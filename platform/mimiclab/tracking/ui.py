@@ -36,8 +36,14 @@ _STOP_TIMEOUT_S = 10
 
 
 def place_of(uri: str, run_id: str) -> str:
-    """Where a person finds a run: its page on a server, or the verb that serves a sqlite store and the page there."""
-    experiment_id = connect(uri).get_run(run_id).info.experiment_id
+    """Where a person finds a run: its page on a server, or the verb that serves a sqlite store and the page there.
+
+    Of a store that does not say now, its address: at the end of a command that has done its work nothing else is told.
+    """
+    try:
+        experiment_id = connect(uri).get_run(run_id).info.experiment_id
+    except Exception:  # MLflow's, of HTTP or of SQL
+        return f"{uri}, which does not say now where the run {run_id} is"
     if sqlite_path(uri) is None:
         return run_page(uri, experiment_id, run_id)
     page = run_page(f"http://127.0.0.1:{PORTS[0]}", experiment_id, run_id)

@@ -9,6 +9,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mimiclab.tracking.runs import NOT_COMPARED
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
@@ -19,8 +21,8 @@ METRIC = "student/AP"
 # Columns, in this order, of what any run has.
 _METRICS = ("student/AP", "student/AP50", "student/AP75", "teacher/AP", "gap/AP", "best/student/AP", "epoch")
 _TAGS = ("trial.outcome",)
-# Parameters that say who and where rather than what was trained.
-_NOT_COMPARED = ("name", "where.", "scale.", "checkpoint.", "data.loader_processes", "data.cache", "search")
+# Runs of earlier versions have the first ones too.
+_NOT_COMPARED = (*NOT_COMPARED, "search")
 _MAX_PARAMS = 8
 _CHARACTER_PX, _MARGIN_PX = 8, 40
 # The page of charts: these, each in a section with so many columns, and then what MLflow makes of every metric.

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from mimiclab.tracking.client import connect, load
+from mimiclab.tracking.client import connect, load, mistake
 from mimiclab.tracking.protocol import Content, Row, Table, check_file, check_picture, make_rows
 from mimiclab.tracking.spool import File, Item, Picture, Spool
 
@@ -171,7 +171,8 @@ class MlflowTracker:
                 self._send()
             except Exception as error:  # from MLflow, HTTP or SQL: whatever it was, nothing is acknowledged
                 if not failing:
-                    _log.warning("MLflow at %s fails (%s); what is logged is kept", self._uri, error)
+                    reason = mistake(self._uri, error) or error
+                    _log.warning("MLflow at %s fails (%s); what is logged is kept", self._uri, reason)
                 failing = True
                 self.keep()
                 delay = min(2 * delay, _MAX_BACK_OFF_S)
