@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,28 @@ from mimiclab.errors import UserError
 from mimiclab.lease import Holder, last_holder
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mimiclab.runs import Run
+    from mimiclab.schema import Experiment
 
 ENDED_TAG = "mimiclab.ended"
 """Of a corrected run: how its end became known."""
+
+
+def reap_beside(experiment: Experiment, console: Console) -> None:
+    """`reap` of all runs in the folder that an experiment's run is in."""
+    from mimiclab import runs
+
+    place = runs.root_of(experiment)
+    found = []
+    for name in place.folders():
+        with contextlib.suppress(UserError):  # of one that cannot be read its own command says so
+            found.append(runs.read(place / name))
+    reap(
+        (run for run in found if run is not None),
+        warn=lambda text: console.print(f"warning: {text}", highlight=False, markup=False),
+    )
 
 
 def reap(runs: Iterable[Run], warn: Callable[[str], None]) -> list[Run]:

@@ -7,6 +7,7 @@ nothing heavy.
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -186,6 +187,10 @@ def _summary(worker_exceptions: Mapping[int, BaseException]) -> str:
     return f"rank {rank}: {type(worker_exceptions[rank]).__name__}: {last_line(worker_exceptions[rank])}"
 
 
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt): ")
+
+
 def last_line(error: BaseException) -> str:
-    """The end of an exception's text, where Ray puts what happened."""
-    return (str(error).strip().splitlines() or [""])[-1][:300]
+    """What happened, of an exception whose text may hold a traceback: that one's last exception, else the last line."""
+    lines = str(error).strip().splitlines() or [""]
+    return next((line for line in reversed(lines) if _EXCEPTION.match(line)), lines[-1])[:300]

@@ -21,6 +21,7 @@ from rich.table import Table
 from mimiclab import runs
 from mimiclab.errors import UserError
 from mimiclab.experiment import LoadedExperiment, flatten, identity, resolved_yaml, vary
+from mimiclab.reaper import reap_beside
 from mimiclab.schema import Experiment
 from mimiclab.session import ray_session
 from mimiclab.tracking import parents
@@ -108,6 +109,7 @@ def train_seeds(
         with ray_session(address, experiment.scale, verbose=verbose) if work else contextlib.nullcontext():
             if fresh:
                 _remove(experiment, experiments, uri)
+            reap_beside(experiment, console)
             parent = parents.open_parent(
                 uri,
                 project,

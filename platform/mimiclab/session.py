@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Iterator
 
+from mimiclab.cluster import capacity
 from mimiclab.cluster.state import running_at
 from mimiclab.errors import UserError
 from mimiclab.schema import ScaleConfig
@@ -76,7 +77,7 @@ def ray_session(address: str | None, scale: ScaleConfig, *, verbose: bool, state
                 f"--address {address}: no Ray cluster answers there ({error}); expected HOST:PORT of a head node"
             ) from error
     try:
-        check_resources(ray.cluster_resources(), scale)
+        check_resources(capacity.connected(), scale)
         with _sigterm_as_ctrl_c() if owned else contextlib.nullcontext():
             yield
     finally:

@@ -14,17 +14,19 @@ from rich.console import Console
 from mimicdet.config import is_published_name
 from mimiclab import runs
 from mimiclab.books import Books
+from mimiclab.cluster import reach
 from mimiclab.errors import UserError
 from mimiclab.experiment import flatten, identity, resolved_yaml
 from mimiclab.fit import Fit, fit
 from mimiclab.lease import Lease
 from mimiclab.ledger import Ledger
-from mimiclab.reaper import reap
+from mimiclab.reaper import reap_beside
 from mimiclab.runs import Run
 from mimiclab.schema import DataConfig, Experiment
 from mimiclab.session import ray_session
 from mimiclab.storage import MissingError
 from mimiclab.tracking import runs as tracking
+from mimiclab.tracking.parents import PARENT_TAG
 
 if TYPE_CHECKING:
     from mimiclab.data.splits import Splits
@@ -83,12 +85,12 @@ def train(
         # Before an earlier run is removed: packing reads every image. Nothing is made or removed before the cluster
         # has answered and is large enough.
         located = _located(experiment)
-        job = {
-            "experiment": located.model_dump_json(),
-            "data": _packed(located, splits, console).model_dump_json(),
-        }
+        data = _packed(located, splits, console)
+        _check_reach(located.model_copy(update={"data": data}), console, fresh=fresh)
+        job = {"experiment": located.model_dump_json(), "data": data.model_dump_json()}
         with Lease.take(runs.storage_of(experiment), experiment.name) as lease:
-            _reap(experiment, console)
+            if PARENT_TAG not in (tags or {}):  # who starts many runs has done so
+                reap_beside(experiment, console)
             run = _open(experiment, splits, uri, console, fresh=fresh, tags=tags or {})
             return _train(run, experiment, job, lease, console, fit)
 
@@ -195,6 +197,15 @@ def check(experiment: Experiment, console: Console, *, fresh: bool = False) -> S
     return splits
 
 
+def _check_reach(located: Experiment, console: Console, *, fresh: bool) -> None:
+    """Make sure that nodes see the data, the weights where they are needed, and the storage."""
+    from mimiclab import checkpoint
+
+    newest = checkpoint.latest(runs.storage_of(located) / runs.CHECKPOINTS, warn=lambda _: None, deep=False)
+    files = reach.files_of(located, pretrained=fresh or newest is None)
+    reach.check(runs.root_of(located), files, located.scale, lambda text: console.print(text, highlight=False))
+
+
 def complete(experiment: Experiment, splits: Splits) -> Run | None:
     """The run of an experiment if it was trained to its end, else None."""
     from mimiclab import checkpoint
@@ -213,19 +224,6 @@ def num_steps(experiment: Experiment, splits: Splits) -> int:
     from mimiclab.data.order import training_order
 
     return training_order(splits.train, experiment).num_steps(experiment.optim.epochs)
-
-
-def _reap(experiment: Experiment, console: Console) -> None:
-    """Correct what drivers that died have left behind as running, of all runs beside this one."""
-    place = runs.root_of(experiment)
-    found = []
-    for name in place.folders():
-        with contextlib.suppress(UserError):  # of one that cannot be read its own command says so
-            found.append(runs.read(place / name))
-    reap(
-        (run for run in found if run is not None),
-        warn=lambda text: console.print(f"warning: {text}", highlight=False, markup=False),
-    )
 
 
 def _conclude(run: Run, ledger: Ledger, console: Console) -> None:

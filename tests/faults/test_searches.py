@@ -1,4 +1,4 @@
-"""A search whose driver is killed, with all that it has started, at moments that nobody chose."""
+"""Searches whose driver is killed, with all that it has started, or that lose a machine, at any moment."""
 
 import os
 import random
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -14,11 +15,13 @@ import pytest
 from mlflow import MlflowClient
 from tinyruns import TINY
 
+from mimiclab.cluster import local
+from mimiclab.cluster.nodes import Nodes
 from mimiclab.progress import PROGRESS
 from mimiclab.search.record import RECORD, Record, recompute
 from mimiclab.storage import Storage
 
-pytestmark = [pytest.mark.cluster, pytest.mark.long]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(1200)]
 
 SEARCH = """
 extends: tiny.yaml
@@ -36,10 +39,10 @@ NUM_KILLS = 3
 SEED = 20
 
 
-def start(root: Path) -> subprocess.Popen[str]:
+def start(root: Path, *args: str) -> subprocess.Popen[str]:
     with (root / "output.txt").open("a") as output:
         return subprocess.Popen(
-            [sys.executable, "-c", "from mimiclab.cli import main; main()", "search", "killed.yaml"],
+            [sys.executable, "-m", "mimiclab", "search", *args],
             cwd=root,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -78,13 +81,13 @@ def test_a_search_that_is_killed_three_times_comes_to_the_same_end(tmp_path: Pat
     moments = sorted(random.Random(SEED).sample(range(1, 4 * EPOCH_ENDS[0] + EPOCH_ENDS[-1]), NUM_KILLS))
     killed = 0
     for moment in moments:
-        process = start(tmp_path)
+        process = start(tmp_path, "killed.yaml")
         while process.poll() is None and (steps_done(tmp_path) < moment or drivers(tmp_path) <= killed):
             time.sleep(0.02)
         if process.poll() is None:
             kill_all(process)
             killed += 1
-    process = start(tmp_path)
+    process = start(tmp_path, "killed.yaml")
     assert process.wait(timeout=400) == 0, (tmp_path / "output.txt").read_text()
     assert killed == NUM_KILLS
 
@@ -116,3 +119,83 @@ def test_a_search_that_is_killed_three_times_comes_to_the_same_end(tmp_path: Pat
         told = [event["value"] for event in events if event["event"] == "result" and event["trial"] == name]
         assert told == [metric.value for metric in history["student/AR100"]]
     assert drivers(tmp_path) == NUM_KILLS + 1
+
+
+SPREAD = """
+extends: tiny.yaml
+name: spread
+optim: {epochs: 1}
+scale: {workers: 2, placement: SPREAD}
+search:
+  metric: student/AR100
+  trials: 1
+  space: {model.inference.max_detections: {choice: [100]}}
+"""
+LOSING = """
+extends: tiny.yaml
+name: losing
+optim: {epochs: 6}
+scale: {workers: 1, max_crashes: 0}
+search:
+  metric: student/AR100
+  algorithm: grid
+  grace_period: 6
+  space: {model.inference.max_detections: {choice: [100, 99]}}
+"""
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """Two nodes beside a head, for one worker each."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            patch.delenv(name)
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        with local.owned_cluster(lambda _: None, num_nodes=2) as started:
+            yield started
+
+
+def search_on(nodes: Nodes, root: Path, text: str) -> subprocess.Popen[str]:
+    (root / "tiny.yaml").write_text(TINY.replace("ROOT", str(root)))
+    (root / "search.yaml").write_text(text)
+    return start(root, "search.yaml", "--address", nodes.cluster.head)
+
+
+def test_where_a_trial_of_several_workers_runs_counts_their_machines(nodes: Nodes, tmp_path: Path) -> None:
+    process = search_on(nodes, tmp_path, SPREAD)
+    assert process.wait(timeout=400) == 0, (tmp_path / "output.txt").read_text()
+    events = Record(Storage(tmp_path / "runs" / "spread")).events
+    head = nodes.cluster.head.partition(":")[0]
+    assert [event["where"] for event in events if event["event"] == "started"] == [None]
+    assert [event["where"] for event in events if event["event"] == "result"] == [f"{head} +1"]
+
+
+def test_a_trial_whose_machine_is_lost_goes_on_at_another_one(nodes: Nodes, tmp_path: Path) -> None:
+    """No crash is allowed: a machine that is lost is none."""
+    names = ["losing-trial-00", "losing-trial-01"]
+    process = search_on(nodes, tmp_path, LOSING)
+    files = [tmp_path / "runs" / name / PROGRESS for name in names]
+    while process.poll() is None and not all(
+        file.exists() and '"kind": "checkpoint"' in file.read_text() for file in files
+    ):
+        time.sleep(0.02)
+    # What drives the trials is none of a node's that may go.
+    titles = {worker.cmdline()[0] for name in ("node-1", "node-2") for worker in nodes.workers(name)}
+    assert {title for title in titles if title != "ray::IDLE"} == {"ray::RayTrainWorker"}
+    nodes.kill("node-2")
+    assert process.wait(timeout=600) == 0, (tmp_path / "output.txt").read_text()
+
+    events = Record(Storage(tmp_path / "runs" / "losing")).events
+    told = sorted((event["trial"], event["event"]) for event in events if event["event"] in ("started", "ended"))
+    assert told == [(f"trial-0{n}", kind) for n in range(2) for kind in ("ended", "started")]
+    assert {event["outcome"] for event in events if event["event"] == "ended"} == {"finished"}
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    found = client.search_runs([client.get_experiment_by_name("mimiclab").experiment_id])
+    trials = {run.info.run_name: run for run in found if run.info.run_name in names}
+    assert {run.data.tags["trial.outcome"] for run in trials.values()} == {"finished"}
+    lost = [run.data.tags[tag] for run in trials.values() for tag in run.data.tags if tag.startswith("restart.")]
+    assert len(lost) == 1
+    assert lost[0].startswith("node lost: ")
+    for run in trials.values():
+        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
+        assert steps == list(range(1, EPOCH_ENDS[-1] + 1))

@@ -17,7 +17,7 @@ import ray
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from rich.console import Console
-from tinyruns import at_step
+from tinyruns import at_step, history
 
 from mimiclab import runs
 from mimiclab.errors import UserError
@@ -25,11 +25,14 @@ from mimiclab.experiment import LoadedExperiment, load_experiment
 from mimiclab.lease import Lease, last_holder
 from mimiclab.progress import PROGRESS
 from mimiclab.search.driver import search
+from mimiclab.search.promote import promote
 from mimiclab.search.record import RECORD, Record, recompute
+from mimiclab.search.report import REPORT, TEXT
 from mimiclab.search.trials import Trial
 from mimiclab.storage import Storage
 from mimiclab.tracking import ui
 from mimiclab.tracking.searches import newest_search
+from mimiclab.train import train
 
 pytestmark = pytest.mark.cluster
 
@@ -153,7 +156,7 @@ def test_a_pruned_trial_has_its_whole_history(ranking: list[Trial], client: Mlfl
 
 def test_the_folders_of_the_trials_say_how_they_ended(ranking: list[Trial]) -> None:
     found = [runs.read(runs.folder_of(trial.experiment)) for trial in ranking]
-    assert [run.status if run else None for run in found] == ["finished", "killed", None]
+    assert [run.status if run else None for run in found] == ["finished", "killed", "failed"]
 
 
 def test_the_best_trial_is_an_experiment_of_its_own(ranking: list[Trial], root: Path) -> None:
@@ -165,6 +168,34 @@ def test_the_best_trial_is_an_experiment_of_its_own(ranking: list[Trial], root: 
     assert best.name == "look-best"
     assert best.model_copy(update={"name": "look-trial-00"}) == ranking[0].experiment
     assert best.model.inference.max_detections == 100
+
+
+def test_a_promoted_trial_trains_to_the_same_numbers(ranking: list[Trial], root: Path) -> None:
+    storage = str(root / "runs")
+    file = promote("look", "trial-00", output=root / "again.yaml", storage=storage)
+
+    run = train(load_experiment(file).experiment, console=Console(file=io.StringIO()))
+
+    assert run.name == "look-trial-00-promoted"
+    events = Record(Storage(root / "runs" / "look")).events
+    results = [event for event in events if event["event"] == "result" and event["trial"] == "trial-00"]
+    assert [(event["step"], event["value"]) for event in results] == history(run, "student/AR100")
+    assert len(results) == 3
+    first = runs.find("look-trial-00", storage)
+    assert history(run, "train/loss") == history(first, "train/loss")
+    # And the file names the runs that it comes from.
+    text = file.read_text()
+    assert f"run look-trial-00, identity {first.identity}" in text
+    parent = MlflowClient(first.tracking).get_run(first.mlflow_run_id).data.tags["mlflow.parentRunId"]
+    assert f"run {first.mlflow_run_id}, of the search {parent}" in text
+
+
+def test_the_search_leaves_its_report(ranking: list[Trial], root: Path, client: MlflowClient) -> None:
+    folder = root / "runs" / "look" / REPORT
+    assert "1 failed, 1 finished, 1 pruned" in (folder / TEXT).read_text()
+    parent, _ = parent_and_children(client)
+    artifacts = {Path(file.path).name for file in client.list_artifacts(parent.info.run_id, REPORT)}
+    assert artifacts == {path.name for path in folder.iterdir()} >= {TEXT, "curves.png"}
 
 
 def test_a_person_sees_what_happens_and_what_came_of_it(ranking: list[Trial], console: Console) -> None:
@@ -248,13 +279,12 @@ def test_a_metric_that_no_evaluation_reports(root: Path, client: MlflowClient, r
 EPOCH_ENDS = [5, 10, 14, 19, 24, 28]
 DYING = """
 name: dying
-optim: {epochs: 6}
 scale: {workers: 1, max_crashes: 1}
 search:
   metric: student/AR100
   algorithm: grid
   max_concurrent: 1
-  grace_period: 6
+  grace_period: 3
   space: {model.inference.max_detections: {choice: [100, 99, 98]}}
 """
 
@@ -309,7 +339,7 @@ def test_a_trial_whose_process_dies_goes_on_and_one_that_always_dies_is_given_up
 
     first, second, third = sorted(ranking, key=lambda trial: trial.number)
     for trial in (first, third):
-        assert (trial.outcome, [epoch for epoch, _ in trial.evaluations]) == ("finished", [1, 2, 3, 4, 5, 6])
+        assert (trial.outcome, [epoch for epoch, _ in trial.evaluations]) == ("finished", [1, 2, 3])
     assert (second.outcome, second.evaluations) == ("failed", [])
     assert second.error is not None
     assert second.error.startswith("scale.max_crashes: 1, and its process died 2 times")
@@ -330,8 +360,8 @@ def test_a_trial_whose_process_dies_goes_on_and_one_that_always_dies_is_given_up
         "dying-trial-02": ("FINISHED", "finished"),
     }
     for name in ("dying-trial-00", "dying-trial-02"):
-        assert steps_of(client, children[name], "train/loss") == list(range(1, EPOCH_ENDS[-1] + 1))
-        assert steps_of(client, children[name], "student/AR100") == EPOCH_ENDS
+        assert steps_of(client, children[name], "train/loss") == list(range(1, EPOCH_ENDS[2] + 1))
+        assert steps_of(client, children[name], "student/AR100") == EPOCH_ENDS[:3]
 
 
 WIDE = """
@@ -450,6 +480,10 @@ def test_a_search_goes_on_after_ctrl_c_and_after_sigkill(root: Path, ray_cluster
     _, alive = psutil.wait_procs([training], timeout=30)
     assert alive == []
     process.communicate()
+    _, trials = parent_and_children(client, "stopped")
+    assert {name: run.data.tags["trial.outcome"] for name, run in trials.items() if name != "stopped-trial-01"} == {
+        "stopped-trial-00": "finished"
+    }
 
     console = Console(file=io.StringIO(), width=200)
     ranking = search(load_experiment(root / "stopped.yaml"), console=console)

@@ -83,12 +83,6 @@ def test_a_budget_that_is_spent_ends_a_search(folder: Path) -> None:
     assert driver.trials[0].epochs == 1
 
 
-def test_a_metric_that_is_not_reported_ends_a_search(folder: Path) -> None:
-    driver = Driver("name=misnamed", "search.metric={student/AP: 1, gap/AP: -1}")
-    with pytest.raises(UserError, match=r"search.metric: evaluations do not report gap/AP; expected one of student/AP"):
-        run(driver, folder, concurrent=1)
-
-
 def test_a_space_in_which_nothing_fits_ends_a_search(folder: Path) -> None:
     space = "search.space={model.pyramid.stagger: {choice: [1]}, model.pyramid.min_level: {choice: [2]}}"
     driver = Driver("name=unfit", "search.algorithm=optuna", "search.trials=2", "model.pyramid.stagger=0", space)

@@ -50,9 +50,13 @@ class Driver:
         self.trials = self.plan.trials()
         self.said: list[str] = []
         self.bests: list[tuple[int, float]] = []
+        self.changes: list[tuple[str, str]] = []
         self.record = read_record(self.plan, self.trials, runs.storage_of(loaded.experiment))
         self.course = Course(self.plan, self.trials, self.record, self.said.append, heard=heard)
-        self.course.open(lambda step, value: self.bests.append((step, value)))
+        self.course.open(
+            lambda step, value: self.bests.append((step, value)),
+            lambda run: self.changes.append((run.name, run.outcome)),
+        )
 
     def begin(self) -> Trial:
         """Begin what is to be run next."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mimiclab.data import splits
 from mimiclab.data.order import Order
 from mimiclab.errors import UserError
 from mimiclab.experiment import differences, identity, load_experiment, resolved_yaml
@@ -611,7 +612,7 @@ def test_keys_that_end_alike_are_told_apart():
 
 def test_the_best_trial_becomes_a_file_that_says_where_it_comes_from():
     best = some_trials()[0]
-    text = best_experiment(load().experiment, best, 3)
+    text = best_experiment(Plan(load()), best, 3)
     Path("best.yaml").write_text(text)
 
     assert text.splitlines()[:4] == [
@@ -710,6 +711,18 @@ def test_trials_in_steps_train_for_all_epochs_where_nothing_else_is_said():
     assert "1 steps to 5 steps each" in note(steps("search.max_t=5").experiment, 3)
 
 
+def test_the_data_tells_how_many_steps_there_are_and_is_read_once(monkeypatch):
+    scenes = "{root: scenes, train: 5, val: 2, size: 32}"
+    text = f"name: small\ndata: {{scenes: {scenes}}}\noptim: {{global_batch: 2, epochs: 4}}\n" + SPACE
+    found = plan(load(text, "search.unit=steps", "search.max_t=6"))
+    monkeypatch.setattr(splits, "_read", None)
+    again = plan(load(text, "search.unit=steps", "search.max_t=5", "data.flip=0"))
+
+    # Of 5 images in batches of 2 epochs end at 2, 5, 7 and 10.
+    assert {trial.experiment.optim.epochs for trial in found} == {3}
+    assert {trial.experiment.optim.epochs for trial in again} == {2}
+
+
 def test_steps_are_those_of_each_trials_own_batches():
     plan = steps("search.max_t=10", "search.space={optim.global_batch: {choice: [4, 2]}}", "search.trials=8")
 
@@ -799,7 +812,7 @@ def test_the_table_has_the_interval_of_the_mean_over_seeds():
 
 
 def test_the_best_of_several_seeds_says_so():
-    text = best_experiment(load().experiment, repeated(0, 0.3, 0.4), 3)
+    text = best_experiment(Plan(load()), repeated(0, 0.3, 0.4), 3)
 
     assert text.startswith(
         "# The best of 3 trials of the search small: trial-00 (finished), student/AP 0.3000 at epoch 1 (mean of 2 "

@@ -22,6 +22,7 @@ from mimiclab.search.budget import run_of
 from mimiclab.search.course import Course
 from mimiclab.search.earlier import BEST, SEARCH, TUNE, remove, search_identity, wait_for_drivers
 from mimiclab.search.record import RECORD, Record, recompute, stamped
+from mimiclab.search.story import tell
 from mimiclab.search.trials import Plan, plan, with_repeats
 from mimiclab.storage import Storage
 from mimiclab.tracking import runs as tracking
@@ -188,6 +189,41 @@ def test_what_was_settled_before_a_trial_went_on_is_to_be_settled_again() -> Non
     again.course.begin(again.trials[0])
 
     assert not again.trials[0].settled
+
+
+def test_whoever_wants_to_know_hears_which_trials_begin_and_end() -> None:
+    driver = Driver("search.grace_period=9")
+    first, second = driver.begin(), driver.begin()
+    for epoch in range(1, EPOCHS + 1):
+        driver.result(first, epoch, 0.1)
+    driver.course.complete(first)
+    driver.course.end(second, "failed", "no such file")
+
+    assert driver.changes == [
+        ("trial-00", "running"),
+        ("trial-01", "running"),
+        ("trial-00", "finished"),
+        ("trial-01", "failed"),
+    ]
+
+
+WEIGHTS = """
+name: small
+data: {scenes: {}}
+model: {backbone: {weights: a.pth}}
+search: {algorithm: grid, space: {model.backbone.weights: {choice: [a.pth, null]}}}
+"""
+
+
+def test_a_search_over_what_defaults_follow_from_goes_on() -> None:
+    """Without weights the norm is another one, and the experiment as resolved names it."""
+    driver = Driver(file=WEIGHTS)
+    driver.begin()
+
+    again = Driver(file=WEIGHTS)
+
+    assert [trial.experiment.model.backbone.norm for trial in again.trials] == ["frozen_bn", "group_norm"]
+    assert tell(again.record.events).trials["trial-00"].outcome == "waiting"
 
 
 def test_a_driver_that_lost_the_search_writes_nothing(folder: Path) -> None:

@@ -8,7 +8,7 @@ from madeup import FILE, MadeUp, rising
 
 from mimiclab.cli import main
 from mimiclab.errors import UserError
-from mimiclab.experiment import load_experiment
+from mimiclab.experiment import load_experiment, resolved_yaml
 from mimiclab.search.find import find
 from mimiclab.search.promote import promote
 from mimiclab.search.record import RECORD
@@ -31,6 +31,12 @@ search:
   space:
     optim.lr: {loguniform: [1e-4, 1e-2]}
     model.pyramid.stagger: {choice: [0, 1]}
+"""
+
+SEARCH = """
+search:
+  algorithm: grid
+  space: {model.backbone.weights: {choice: [null, $WEIGHTS/b$$.pth]}}
 """
 
 
@@ -61,12 +67,12 @@ def mistake(*args: str | None, **more: object) -> str:
 
 
 def test_the_best_trial_is_promoted_as_it_was_trained(made: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {name: os.environ[name] for name in ("DATA", "WEIGHTS")}
+    for name in variables:  # those that the search was begun with count
+        monkeypatch.delenv(name)
     file = promote("look")
     assert file == Path("look-trial-01.yaml")
-    # Variables were filled in when the search began; what was relative stays so.
-    monkeypatch.setenv("DATA", "/elsewhere")
-    monkeypatch.setenv("WEIGHTS", "/elsewhere")
-    experiment, trained = load_experiment(file).experiment, made.trials[1].experiment
+    experiment, trained = load_experiment(file, environ=variables).experiment, made.trials[1].experiment
     assert experiment.name == "look-trial-01-promoted"
     assert experiment == trained.model_copy(update={"name": experiment.name})
     assert (experiment.optim.epochs, experiment.seed, experiment.scale.workers.max) == (6, 7, 2)
@@ -75,6 +81,41 @@ def test_the_best_trial_is_promoted_as_it_was_trained(made: MadeUp, monkeypatch:
     assert experiment.data.train.annotations == "/data/$x/train.json"
     assert experiment.data.train.images == "here/images"
     assert experiment.where.storage == "./runs"
+
+
+def test_variables_stay_as_they_were_written(made: MadeUp) -> None:
+    lines = [line.strip() for line in promote("look").read_text().splitlines()]
+    assert "annotations: $DATA/train.json" in lines
+    assert "images: ~/images" in lines
+    assert "weights: $WEIGHTS/a.pth" in lines
+    assert not any("/data/" in line for line in lines)
+
+
+def test_a_record_of_an_earlier_version_has_its_variables_filled_in(folder: Path) -> None:
+    made = MadeUp(folder, PATHS)
+    first = made.events[0]
+    del first["written"], first["variables"]
+    first["experiment"] = resolved_yaml(load_experiment("look.yaml").experiment)
+    made.run(0, rising(0.2))
+    made.write()
+    assert load_experiment(promote("look"), environ={}).experiment == made.trials[0].experiment.model_copy(
+        update={"name": "look-trial-00-promoted"}
+    )
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_defaults_that_follow_from_what_is_searched_are_those_of_the_trial(folder: Path, number: int) -> None:
+    """With weights a backbone's norm is another one than without."""
+    text = FILE[: FILE.index("search:")] + "model: {backbone: {weights: $WEIGHTS/a$$b.pth}}\n" + SEARCH
+    made = MadeUp(folder, text)
+    for trial in (0, 1):
+        made.run(trial, rising(0.2))
+    made.write()
+    file = promote("look", str(number))
+    trained = made.trials[number].experiment
+    assert trained.model.backbone.norm == ["group_norm", "frozen_bn"][number]
+    assert load_experiment(file).experiment.model == trained.model
+    assert ("weights: $WEIGHTS/b$$.pth" in file.read_text()) == bool(number)
 
 
 def test_a_promoted_trial_says_where_it_comes_from(made: MadeUp, folder: Path) -> None:

@@ -68,6 +68,15 @@ def test_the_best_so_far_is_named_after_several_seeds_by_its_mean(tmp_path: Path
     assert "student/AP 0.2000 is best so far, trial-00 (mean of 2 seeds)" in rows(tell(made.events), made.now)[0][0]
 
 
+def test_a_trial_that_goes_on_is_nowhere_until_that_is_told(made: MadeUp) -> None:
+    story = tell(made.events)
+    story.take({"event": "retried", "trial": "trial-03", "time": made.now})
+    story.take({"event": "resumed", "trial": "trial-03", "where": None, "time": made.now})
+    assert rows(story, made.now)[2][:2] == ["trial-03", "1/9"]
+    story.take({"event": "result", "trial": "trial-03", "epoch": 2, "value": 0.2, "where": "node-2", "time": made.now})
+    assert rows(story, made.now)[2][:2] == ["trial-03", "node-2"]
+
+
 def test_a_search_that_has_a_budget_tells_how_much_is_left_of_it(tmp_path: Path) -> None:
     made = MadeUp(tmp_path, FILE, "search.budget=2")
     made.start(0)

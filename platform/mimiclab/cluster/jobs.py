@@ -37,6 +37,7 @@ Verb = Literal["train", "search", "evaluate", "drill"]
 
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _POLL_S = 0.5
+_AGENT_TIMEOUT_S = 60.0
 # A stopped job records its run before it is killed; Ray's own 3 s are short on a busy machine.
 _ENVIRONMENT = {**ENVIRONMENT, "RAY_JOB_STOP_WAIT_TIME_S": "30"}
 
@@ -158,15 +159,20 @@ def _versions(versions: Mapping[str, str]) -> str:
 
 
 def _submit(client: JobSubmissionClient, job_id: str, folder: Path, command: str, metadata: dict[str, str]) -> None:
-    client.submit_job(
-        entrypoint=command,
-        submission_id=job_id,
-        runtime_env={
-            "working_dir": str(folder),
-            "env_vars": {name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()},
-        },
-        metadata=metadata,
-    )
+    runtime_env = {
+        "working_dir": str(folder),
+        "env_vars": {name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()},
+    }
+    deadline = time.monotonic() + _AGENT_TIMEOUT_S
+    while True:
+        try:
+            client.submit_job(entrypoint=command, submission_id=job_id, runtime_env=runtime_env, metadata=metadata)
+            return
+        except RuntimeError as error:
+            # A cluster that has just started, on a busy machine, answers before it can start a job.
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_S)
 
 
 def check_name(name: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from mimiclab.cluster import jobs, state
+from mimiclab.cluster import exposure, jobs, state
 from mimiclab.cluster.nodes import HEAD, HEAD_LABELS, OBJECT_STORE_BYTES, Node, Nodes, spawn, tree
 from mimiclab.cluster.server import connect_local, resources
 from mimiclab.cluster.state import LocalCluster
@@ -33,6 +33,7 @@ def up(
     num_nodes: int = 0,
     cpus_per_node: int = 1,
     owned: bool = False,
+    dashboard_host: str = _LOOPBACK,
 ) -> LocalCluster:
     """Start a cluster, and wait until it takes jobs and Ray knows its nodes.
 
@@ -43,11 +44,15 @@ def up(
         cpus_per_node: how many CPUs each of them offers.
         owned: it belongs to this process, beside others, and not to the machine, which has one at most. If this
             process ends without ending it, the next `up` or `down` does.
+        dashboard_host: the address of this machine that the dashboard and the job server listen on; all else keeps to
+            loopback. `say` hears what it means to name another.
 
     Raises:
-        UserError: the machine's runs already.
+        UserError: the machine's runs already, or see `exposure.check`.
         RuntimeError: it ended or takes no jobs within three minutes; with what it lacks and the end of its output.
     """
+    token = os.environ.get("RAY_AUTH_MODE", "token") == "token"
+    exposure.check(dashboard_host, token=token)
     _sweep(say)
     before = None if owned else state.running()
     if before is not None:
@@ -56,20 +61,22 @@ def up(
         )
     # Not below $TMPDIR, which may be long: the path of a socket in it has at most 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="mimiclab-", dir="/tmp"))
-    head, job_server, client_server, agent = free_ports(4)
+    head, job_server, client_server, agent, metrics = free_ports(5)
     environment = {
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
         # Made for other systems; here it keeps every port on the loopback device.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
-    if environment["RAY_AUTH_MODE"] == "token":
+    if token:
         make_sure_of_token()
+    if risk := exposure.risk(dashboard_host, job_server, token=token):
+        say(f"warning: {risk}")
     if num_nodes:
         num_cpus = num_cpus or 0
     starter = spawn(
         [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-name", HEAD),
-            *("--port", str(head), "--dashboard-host", _LOOPBACK, "--dashboard-port", str(job_server)),
+            *("--port", str(head), "--dashboard-host", dashboard_host, "--dashboard-port", str(job_server)),
             # Without these, two nodes of a machine ask for the same ports.
             *("--ray-client-server-port", str(client_server), "--dashboard-agent-listen-port", str(agent)),
             *("--min-worker-port", "0", "--max-worker-port", "0"),
@@ -79,13 +86,13 @@ def up(
             *(("--object-store-memory", str(OBJECT_STORE_BYTES)) if num_nodes else ()),
         ],
         folder / "head.log",
-        environment,
+        {**environment, "AUTOSCALER_METRIC_PORT": str(metrics)},
     )
     [owner] = state.identify([psutil.Process()])
     nodes = Nodes(
         LocalCluster(
             head=f"{_LOOPBACK}:{head}",
-            job_server=f"http://{_LOOPBACK}:{job_server}",
+            job_server=f"http://{exposure.own_address(dashboard_host)}:{job_server}",
             folder=str(folder),
             environment=environment,
             processes=state.identify([starter]),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
+from mimiclab.cluster import capacity
 from mimiclab.data.parallel import Runner, bounded
 from mimiclab.errors import UserError
 
@@ -14,7 +15,7 @@ Result = TypeVar("Result")
 
 
 def on_cluster() -> Runner:
-    """Tasks of one CPU each, as many at a time as the cluster has CPUs."""
+    """Tasks of one CPU each, as many at a time as the cluster has CPUs, or will have where it grows."""
     import ray
     from ray.exceptions import RayTaskError
 
@@ -28,7 +29,7 @@ def on_cluster() -> Runner:
             future: Future[Result] = reference.future()
             return future
 
-        at_a_time = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        at_a_time = max(1, int(capacity.connected().get("CPU", 1)))
         try:
             yield from bounded(submit, items, at_a_time)
         except RayTaskError as error:

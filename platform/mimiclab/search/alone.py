@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
+from mimiclab.cluster.capacity import is_one_machine
 from mimiclab.errors import NoRetryError, UserError
 from mimiclab.fit import follow, restarts_of
 from mimiclab.inbox import Event, LocalInbox
@@ -24,9 +25,7 @@ def is_alone(scale: ScaleConfig) -> bool:
 
     On more than one machine drivers stay where the search was started, and workers go where there is room.
     """
-    import ray
-
-    return needs_one_process(scale) and sum(node["Alive"] for node in ray.nodes()) == 1
+    return needs_one_process(scale) and is_one_machine()
 
 
 def fit_alone(

@@ -60,6 +60,7 @@ class Course:
         self._num = 0
         self._said_spent = False
         self._improved: Callable[[int, float], None] = lambda step, value: None
+        self._changed: Callable[[Trial], object] = lambda run: None
         decision = None
         for event in record.events:
             decision = self._take(event)
@@ -95,14 +96,19 @@ class Course:
         """GPU-hours, or core-hours, so far."""
         return self._rules.account.spent(self._now())
 
-    def open(self, improved: Callable[[int, float], None] = lambda step, value: None) -> None:
+    def open(
+        self,
+        improved: Callable[[int, float], None] = lambda step, value: None,
+        changed: Callable[[Trial], object] = lambda run: None,
+    ) -> None:
         """Begin, or go on: from here on the record is written.
 
         Args:
             improved: hears of the best value of all trials, each time that it changes: the number of results and ends
                 up to then, and the value. What was before is told now, again.
+            changed: hears of every run that begins, goes on, or is over.
         """
-        self._improved = improved
+        self._improved, self._changed = improved, changed
         for step, value in self._bests:
             self._improved(step, value)
         if self.is_over and not self._missing:
@@ -149,6 +155,7 @@ class Course:
         after = f" after epoch {run.epochs}" if run.epochs else ""
         values = ", ".join(f"{key} {show(value)}" for key, value in run.values.items())
         self._say(f"{run.name}  {event['event']}{after}: {values}")
+        self._changed(run)
 
     def result(
         self,
@@ -199,6 +206,7 @@ class Course:
         self._write({"event": "ended", **run.key, "outcome": outcome, "error": error})
         after = f" after epoch {run.epochs}" if run.name in self._stops and run.epochs else ""
         self._say(f"{run.name}  {outcome}{after}" + (f": {error}" if error else ""))
+        self._changed(run)
 
     def died(self, run: Trial, why: Literal["crash", "preemption"], reason: str) -> None:
         """The process of a run died, which says nothing of its values: it is to be run on, unless that is too often.
@@ -308,7 +316,9 @@ def plan_event(plan: Plan, trials: Sequence[Trial]) -> Event:
     rules = {**config.model_dump(include={*RULES}), "max_t": plan.max_t}
     return {
         "event": "search",
-        "experiment": resolved_yaml(plan.experiment),
+        "experiment": resolved_yaml(plan.experiment.model_copy(update={"search": None})),
+        "written": plan.written,
+        "variables": plan.variables,
         "metric": metric.name_of(config.metric),
         **{name: rules[name] for name in RULES},
         "budget": config.budget,

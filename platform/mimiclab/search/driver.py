@@ -15,20 +15,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from mimiclab import runs
+from mimiclab.cluster import capacity
 from mimiclab.errors import UserError
 from mimiclab.experiment import LoadedExperiment, flatten, identity, resolved_yaml
 from mimiclab.lease import Lease
-from mimiclab.schema import DataConfig, Experiment, Workers
+from mimiclab.reaper import reap_beside
+from mimiclab.schema import Experiment, Workers
 from mimiclab.search.alone import needs_one_process
 from mimiclab.search.budget import unit
 from mimiclab.search.course import Course
+from mimiclab.search.data import splits_of
 from mimiclab.search.earlier import BEST, SEARCH, TUNE, read_record, remove, search_identity, wait_for_drivers
 from mimiclab.search.metric import name_of
 from mimiclab.search.proposals import check_optuna
@@ -42,10 +44,7 @@ from mimiclab.storage import Storage
 from mimiclab.tracking import runs as tracking
 from mimiclab.tracking import searches
 from mimiclab.tracking.writer import MlflowTracker
-
-if TYPE_CHECKING:
-    from mimiclab.data.order import Order
-    from mimiclab.data.splits import Splits
+from mimiclab.train import DECODE_AHEAD
 
 # How long each trial's last metrics may take to reach the tracking server, seconds.
 _SEND_TIMEOUT_S = 60.0
@@ -86,21 +85,20 @@ def search(
         UserError: anything that the user can mend, found before a trial starts wherever possible.
         KeyboardInterrupt: the search and its running trials are recorded as killed; the same command goes on.
     """
-    from mimiclab.data.splits import locate, read_splits
-
-    plan = Plan(loaded, _order_of)
+    plan = Plan(loaded)
     experiment, config = plan.experiment, plan.config
     if config.algorithm == "optuna":
         check_optuna()
     trials = plan.trials()
     tracking.check_tracking(experiment.where.tracking)
     uri = tracking.absolute_uri(experiment.where.tracking)
-    read_splits(locate(experiment.data))  # trials that run side by side find their data made
+    _check_data(experiment)
     folder = runs.storage_of(experiment)
     work = fresh or not Course(plan, trials, read_record(plan, trials, folder), say=lambda _: None).is_over
 
     with contextlib.ExitStack() as stack:
         parent = course = record = tracker = None
+        tell = ThreadPoolExecutor(1, "outcomes")
         status: searches.Status = "FAILED"
         try:
             with _session(experiment, address, verbose=verbose) if work else contextlib.nullcontext():
@@ -113,10 +111,11 @@ def search(
                 view = SearchView(console, record)
                 heard = lease.before.heartbeat if lease.before and record.events else None
                 course = Course(plan, trials, record, view.say, lambda: _refuse_if_lost(lease), heard)
+                reap_beside(experiment, console)
                 _write(folder, SEARCH, resolved_yaml(experiment))
                 parent = _open_parent(plan, trials, uri)
                 tracker = MlflowTracker(uri, parent)
-                course.open(_history(plan, tracker))
+                course.open(_history(plan, tracker), lambda trial: tell.submit(_tell_outcome, trial))
                 if not course.is_over:
                     with view:
                         _run(plan, trials, course, folder, parent, console, verbose=verbose)
@@ -129,6 +128,7 @@ def search(
             console.print("stopped; the same command goes on")
             raise
         finally:
+            tell.shutdown(cancel_futures=True)
             if tracker is not None:
                 tracker.close(_SEND_TIMEOUT_S)
             # Only now, when no trial's process is left that could write another status.
@@ -172,6 +172,17 @@ def check_room(experiment: Experiment, found: Mapping[str, float]) -> None:
             )
 
 
+def _check_data(experiment: Experiment) -> None:
+    """Look at the data once for all trials, which find it made when they run side by side."""
+    from mimiclab.data.columns import ImageFiles
+    from mimiclab.data.dataset import check_images
+
+    splits = splits_of(experiment)
+    for split in (splits.train, splits.val):
+        if isinstance(split.source, ImageFiles) and len(split.images) <= DECODE_AHEAD:
+            check_images(split)
+
+
 @contextlib.contextmanager
 def _session(experiment: Experiment, address: str | None, *, verbose: bool) -> Iterator[None]:
     """A connection to a cluster that can hold a trial."""
@@ -182,9 +193,7 @@ def _session(experiment: Experiment, address: str | None, *, verbose: bool) -> I
     # Where nothing of Ray Train is started there is nothing for it to clean up.
     alone = needs_one_process(scale_of(experiment))
     with ray_session(address, scale, verbose=verbose, state_api=not alone):
-        import ray
-
-        check_room(experiment, ray.cluster_resources())
+        check_room(experiment, capacity.connected())
         yield
 
 
@@ -199,13 +208,11 @@ def _run(
     verbose: bool,
 ) -> None:
     """Run what is left of the trials."""
-    import ray
-
     from mimiclab.search import tuning
 
     wait_for_drivers([run for run in course.left if run.begun], console)
     waiting = [run for run in with_repeats(trials) if run.outcome == "waiting"]
-    concurrent = num_concurrent(plan.experiment, ray.cluster_resources(), len(waiting))
+    concurrent = num_concurrent(plan.experiment, capacity.connected(), len(waiting))
     num = sum(trial.outcome != "waiting" for trial in trials)
     ended = f", {num} of them ended before" if num else ""
     console.print(f"{len(trials)} trials{ended}, {concurrent} at a time", highlight=False)
@@ -236,21 +243,6 @@ def _history(plan: Plan, tracker: MlflowTracker) -> Callable[[int, float], None]
     metric = plan.config.metric
     key = searches.best_key(name_of(metric), is_sum=not isinstance(metric, str))
     return lambda step, value: tracker.log_metrics(step, {key: value})
-
-
-def _order_of(experiment: Experiment) -> Order:
-    from mimiclab.data.order import training_order
-
-    # Read once, however its images are then shown.
-    made_of = experiment.data.model_dump_json(include={"train", "val", "scenes", "cache", "cache_gb"})
-    return training_order(_read(made_of).train, experiment)
-
-
-@lru_cache(maxsize=4)
-def _read(data: str) -> Splits:
-    from mimiclab.data.splits import locate, read_splits
-
-    return read_splits(locate(DataConfig.model_validate_json(data)))
 
 
 def _refuse_if_lost(lease: Lease) -> None:
@@ -287,6 +279,12 @@ def _settle(trials: Sequence[Trial], course: Course, uri: str, parent: str) -> N
         run_id = run.mlflow_run_id if run else _open_run(trial.experiment, uri, parent)
         searches.end_trial(uri, run_id, trial.outcome, mlflow_status, trial.values, trial.error)
         course.settle(trial)
+
+
+def _tell_outcome(trial: Trial) -> None:
+    """Have MLflow show how a trial stands while the search goes on; `_settle` has the last word."""
+    if (run := runs.read(runs.storage_of(trial.experiment))) is not None:
+        tracking.set_tags(run.tracking, run.mlflow_run_id, {searches.OUTCOME_TAG: trial.outcome})
 
 
 def _open_run(experiment: Experiment, uri: str, parent: str) -> str:
@@ -331,7 +329,7 @@ def _conclude(
             console.print(f"{trial.name} {trial.outcome}: {trial.error}", highlight=False, markup=False)
     console.print(f"budget:   {spent_text(experiment, spent)}", highlight=False)
     if best is not None:
-        text = best_experiment(experiment, best, len(ranking))
+        text = best_experiment(plan, best, len(ranking))
         _write(folder, BEST, text)
         tracking.log_text(uri, parent, text, BEST)
         console.print(f"best:     {_how_to_train(folder)}", highlight=False)

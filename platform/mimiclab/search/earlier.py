@@ -5,23 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from mimiclab import runs
 from mimiclab.errors import UserError
-from mimiclab.experiment import differences, flatten, identity, load_experiment
+from mimiclab.experiment import differences, flatten, identity
 from mimiclab.lease import STALE_S, last_holder
 from mimiclab.schema import Experiment
 from mimiclab.search.budget import run_of
 from mimiclab.search.course import plan_event
 from mimiclab.search.record import RECORD, Event, Record, check
 from mimiclab.search.report import REPORT
+from mimiclab.search.story import loaded_of, resolved_of
 from mimiclab.search.trials import Plan, Trial, with_repeats
 from mimiclab.storage import Storage
 from mimiclab.tracking import runs as tracking
@@ -125,12 +124,9 @@ def remove(experiment: Experiment, trials: Sequence[Trial], folder: Storage, uri
 
 def _refuse_changes(name: str, events: Sequence[Event], plan: Plan, trials: Sequence[Trial]) -> None:
     last = next(event for event in reversed(events) if event["event"] == "search")
-    with tempfile.TemporaryDirectory(prefix="mimiclab-") as folder:
-        file = Path(folder) / SEARCH
-        file.write_text(last["experiment"])
-        before = load_experiment(file).experiment
+    before = loaded_of(events).experiment
     old, new = _search_leaves(before), _search_leaves(plan.experiment)
-    changed = differences(before, plan.experiment) + _changes(old, new)
+    changed = differences(resolved_of(events), plan.experiment) + _changes(old, new)
     if not changed:  # else the values follow from what was changed
         assert before.search is not None
         _refuse_fewer(name, "trials", len(last["trials"]), len(trials))

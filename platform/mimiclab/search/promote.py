@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mimiclab import runs
 from mimiclab.code import COMMIT_TAG, DIRTY_TAG
 from mimiclab.errors import UserError
-from mimiclab.experiment import LoadedExperiment, resolved_yaml
-from mimiclab.schema import Experiment
 from mimiclab.search.find import find
 from mimiclab.search.record import RECORD, Record
 from mimiclab.search.results import show
@@ -19,9 +16,6 @@ from mimiclab.search.trials import Plan, Trial, trial_name
 from mimiclab.storage import Storage
 from mimiclab.tracking.parents import PARENT_TAG
 from mimiclab.tracking.tags import known_tags
-
-if TYPE_CHECKING:
-    from mimiclab.data.order import Order
 
 
 def promote(
@@ -34,7 +28,8 @@ def promote(
 ) -> Path:
     """Write a trial's experiment as a file for `mimiclab train`, where it gives the trial's numbers again.
 
-    It holds what the search's file had, `$VARIABLES` filled in; relative paths stay relative to where it is trained.
+    It holds what the search's file had, `$VARIABLES` as they were written; relative paths stay relative to where it is
+    trained.
 
     Args:
         reference: of the search, see `find`.
@@ -52,10 +47,10 @@ def promote(
     folder, record = find(reference, storage)
     story = tell(record.events)
     chosen = _choose(story, trial)
-    loaded = loaded_of(record.events)
+    plan = Plan(loaded_of(record.events))
     text = "".join(f"# {line}\n" for line in _provenance(story, chosen, folder, record))
     name = f"{_run_name(story, chosen)}-promoted"
-    text += resolved_yaml(_experiment(loaded, chosen).model_copy(update={"name": name}))
+    text += plan.file_of(_trial(plan, chosen), name)
     output = output or Path(f"{_run_name(story, chosen)}.yaml")
     try:
         with output.open("w" if overwrite else "x") as file:
@@ -87,18 +82,11 @@ def _choose(story: SearchStory, wanted: str | None) -> TrialStory:
     return found
 
 
-def _experiment(loaded: LoadedExperiment, chosen: TrialStory) -> Experiment:
-    """What the trial trained."""
-
-    def order_of(experiment: Experiment) -> Order:
-        from mimiclab.data.order import training_order
-        from mimiclab.data.splits import locate, read_splits
-
-        return training_order(read_splits(locate(experiment.data)).train, experiment)
-
-    trial = Trial(int(chosen.name.rpartition("-")[2]), {}, loaded.experiment)
-    Plan(loaded, order_of).fill(trial, chosen.values)
-    return trial.experiment
+def _trial(plan: Plan, chosen: TrialStory) -> Trial:
+    """The trial, with what it trained."""
+    trial = Trial(int(chosen.name.rpartition("-")[2]), {}, plan.experiment)
+    plan.fill(trial, chosen.values)
+    return trial
 
 
 def _run_name(story: SearchStory, trial: TrialStory) -> str:

@@ -2,13 +2,15 @@
 
 Every event has `event`, its kind, and `time` in seconds since 1970:
 
-    search    a driver begins: the `experiment` as YAML, the name of its `metric`, what decisions depend on (`RULES` and
-              the `budget`), the `trials` with their values, {} where they are still to be proposed; `heard`, where a
-              driver before died: when it was last heard of
+    search    a driver begins: the resolved `experiment` as YAML, without its search; all that was `written`, as YAML
+              too, with the `variables` of the environment that it names; the name of the `metric`, what decisions
+              depend on (`RULES` and the `budget`), the `trials` with their values, {} where they are still to be
+              proposed; `heard`, where a driver before died: when it was last heard of
     started   `trial`, its `values`, `where` its process runs, `resources` that it takes of the cluster
     resumed   `trial`, that was started before; `where`, `resources`
     result    `trial`, `epoch`, `step`, `value` of the metric; `metrics`, where that is a sum: its terms; `where` it was
-              computed, if that was told; `last`, true where no evaluation of the trial follows
+              computed, if that was told: `10.0.0.7 +2` is rank 0's machine and two more; `last`, true where no
+              evaluation of the trial follows
     decision  `trial`, `epoch`, and of `asha.Decision` all: whether the trial goes on, and what stops it (`reason`,
               "rung" or "budget")
     retried   `trial`: its process died, and it is to be run on; `why`, "crash" or "preemption", and `reason`, a line

@@ -8,12 +8,11 @@ from typing import Any
 
 from rich.table import Table
 
-from mimiclab.experiment import resolved_yaml
 from mimiclab.schema import Experiment, SearchConfig
 from mimiclab.search.budget import unit
 from mimiclab.search.metric import name_of
 from mimiclab.search.space import describe
-from mimiclab.search.trials import Trial
+from mimiclab.search.trials import Plan, Trial
 from mimiclab.seeds import CONFIDENCE, Statistic
 
 
@@ -30,20 +29,18 @@ def ranking_table(ranking: Sequence[Trial], config: SearchConfig, title: str) ->
     return table
 
 
-def best_experiment(search: Experiment, best: Trial, num_trials: int) -> str:
+def best_experiment(plan: Plan, best: Trial, num_trials: int) -> str:
     """The best trial's experiment under a name of its own, as a file that says where it comes from."""
-    assert search.search is not None
-    reached = best.best(search.search.mode)
+    reached = best.best(plan.config.mode)
     assert reached is not None
     epoch, value = reached
-    name, scores = name_of(search.search.metric), best.scores(search.search.mode)
+    search, name, scores = plan.experiment, name_of(plan.config.metric), best.scores(plan.config.mode)
     mean = f" (mean of {len(scores)} seeds: {_mean(scores)})" if len(scores) > 1 else ""
     values = "".join(f"#   {key}: {show(value)}\n" for key, value in best.values.items())
     return (
         f"# The best of {num_trials} trials of the search {search.name}: {best.name} ({best.outcome}), "
         f"{name} {value:.4f} at epoch {epoch}{mean}.\n"
-        f"# What the search chose:\n{values}"
-        + resolved_yaml(best.experiment.model_copy(update={"name": f"{search.name}-best"}))
+        f"# What the search chose:\n{values}" + plan.file_of(best, f"{search.name}-best")
     )
 
 

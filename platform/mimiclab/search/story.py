@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class TrialStory:
     """The last one at which it was compared."""
     cut: Cut | None = None
     where: str | None = None
-    """The machine that it runs on, or ran on last."""
+    """The machine that it runs on, or ran on last; None where that is not known yet."""
     resources: dict[str, float] = field(default_factory=dict)
     """What it takes of the cluster while it runs."""
     since: float | None = None
@@ -158,12 +158,24 @@ def tell(events: Sequence[Event]) -> SearchStory:
 
 
 def loaded_of(events: Sequence[Event]) -> LoadedExperiment:
-    """The experiment of a record, as its latest driver had it."""
+    """The experiment of a record as its latest driver read it: the same trials follow from it."""
     last = next(event for event in reversed(events) if event["event"] == "search")
+    # Records of earlier versions have but the resolved one. Trials that vary that may differ: some defaults follow
+    # from other keys.
+    return _load(last.get("written") or last["experiment"], last.get("variables", {}))
+
+
+def resolved_of(events: Sequence[Event]) -> Experiment:
+    """The experiment of a record with the defaults that its latest driver had; it may lack the search."""
+    last = next(event for event in reversed(events) if event["event"] == "search")
+    return _load(last["experiment"], {}).experiment
+
+
+def _load(text: str, variables: Mapping[str, str]) -> LoadedExperiment:
     with tempfile.TemporaryDirectory(prefix="mimiclab-") as folder:
         file = Path(folder) / "search.yaml"
-        file.write_text(last["experiment"])
-        return load_experiment(file)
+        file.write_text(text)
+        return load_experiment(file, environ=variables)
 
 
 def _follow(trial: TrialStory, event: Event, unit: str) -> None:
@@ -171,7 +183,7 @@ def _follow(trial: TrialStory, event: Event, unit: str) -> None:
     if kind in ("started", "resumed"):
         trial.outcome, trial.since = "running", event["time"]
         trial.values = event.get("values") or trial.values
-        trial.where = event.get("where") or trial.where
+        trial.where = event.get("where")  # where it ran before says nothing of where it runs now
         trial.resources = event.get("resources") or trial.resources
     elif kind == "result":
         trial.curve.append(_point(event, unit))

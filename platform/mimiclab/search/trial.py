@@ -23,9 +23,10 @@ from mimiclab.fit import Fit, fit
 from mimiclab.runs import Run
 from mimiclab.schema import Experiment
 from mimiclab.search.alone import fit_alone
+from mimiclab.search.data import splits_of
 from mimiclab.seat import LAST
 from mimiclab.tracking.searches import PARENT_TAG
-from mimiclab.train import check, complete, train
+from mimiclab.train import complete, train
 
 if TYPE_CHECKING:
     from mimiclab.data.splits import Splits
@@ -124,11 +125,12 @@ class _Training:
 
 def _train(experiment: Experiment, parent: str, fit: Fit, report: Report) -> None:
     """Train a trial to its end, from its last checkpoint."""
-    console = Console(quiet=True)
-    splits = check(experiment, console)
+    # The search has looked for mistakes already; a value that does not go with the data or the weights is met by the
+    # worker, which says the same of it.
+    splits = splits_of(experiment)
     if run := complete(experiment, splits):  # no worker begins that would tell its last evaluation again
         report(_last_result(run, experiment, splits))
-    train(experiment, console=console, tags={PARENT_TAG: parent}, splits=splits, fit=fit)
+    train(experiment, console=Console(quiet=True), tags={PARENT_TAG: parent}, splits=splits, fit=fit)
 
 
 def _last_result(run: Run, experiment: Experiment, splits: Splits) -> dict[str, Any]:

@@ -6,11 +6,14 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from string import Template
 from typing import TYPE_CHECKING, Any, Literal
 
 from mimiclab.errors import UserError
 from mimiclab.experiment import LoadedExperiment, vary
-from mimiclab.schema import Experiment, ScaleConfig, SearchConfig, Workers
+from mimiclab.layers import dump
+from mimiclab.schema import PATH_KEYS, Experiment, ScaleConfig, SearchConfig, Workers
+from mimiclab.search.data import order_of
 from mimiclab.search.space import draw, grid
 from mimiclab.session import resources_per_worker
 
@@ -77,13 +80,13 @@ class Plan:
 
     Args:
         loaded: an experiment with a `search:` section.
-        order_of: the order in which an experiment shows its data; only of a search that counts steps.
+        order_of: the order in which an experiment shows its data; called where steps are counted.
 
     Raises:
         UserError: the file has no `search:` section, or trials of that many steps cannot be.
     """
 
-    def __init__(self, loaded: LoadedExperiment, order_of: Callable[[Experiment], Order] | None = None) -> None:
+    def __init__(self, loaded: LoadedExperiment, order_of: Callable[[Experiment], Order] = order_of) -> None:
         if loaded.experiment.search is None:
             raise UserError(
                 f"{loaded.path}: it has no search: section, expected one such as\n"
@@ -98,9 +101,32 @@ class Plan:
             self.max_t = self.config.max_t or epochs
             """The last epoch, or step, of a trial that is not pruned."""
         else:
-            assert order_of is not None
             self._last_epoch(loaded.experiment)
             self.max_t = self.config.max_t or order_of(loaded.experiment).num_steps(epochs)
+
+    @property
+    def written(self) -> str:
+        """The search's experiment as it was written, in one file, before anything was filled in."""
+        return dump(self._loaded.tree)
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What was written names these of the environment."""
+        environ = self._loaded.environ
+        return {name: environ[name] for name in Template(self.written).get_identifiers() if name in environ}
+
+    def file_of(self, trial: Trial, name: str) -> str:
+        """A trial's experiment under another name as a file: in full, but for `$VARIABLES` and `~` in what was written.
+
+        Trained with the same variables it gives the trial's numbers again.
+        """
+        tree = trial.experiment.model_copy(update={"name": name}).model_dump(mode="json")
+        for key in PATH_KEYS:
+            *parents, last = key.split(".")
+            section, written = _at(tree, parents), _at(self._loaded.tree, parents)
+            if path := section.get(last):
+                section[last] = trial.values.get(key) or written.get(last) or path.replace("$", "$$")
+        return dump(tree)
 
     def trials(self) -> list[Trial]:
         """Every trial, with its values where they are drawn beforehand; the same file gives the same trials.
@@ -150,7 +176,6 @@ class Plan:
 
     def _last_epoch(self, experiment: Experiment) -> int:
         """The first epoch whose end reaches `search.max_t` steps."""
-        assert self._order_of is not None
         order, epochs = self._order_of(experiment), experiment.optim.epochs
         for key in ("max_t", "grace_period"):
             found, most = getattr(self.config, key), order.num_steps(epochs)
@@ -162,9 +187,16 @@ class Plan:
         return next(epoch for epoch in range(1, epochs + 1) if order.epoch_end_step(epoch) >= (self.config.max_t or 0))
 
 
-def plan(loaded: LoadedExperiment, order_of: Callable[[Experiment], Order] | None = None) -> list[Trial]:
+def _at(tree: dict[str, Any], parents: Iterable[str]) -> dict[str, Any]:
+    """A section of a tree; an empty one where there is none."""
+    for parent in parents:
+        tree = tree.get(parent) or {}
+    return tree
+
+
+def plan(loaded: LoadedExperiment) -> list[Trial]:
     """The trials of a search, see `Plan`."""
-    return Plan(loaded, order_of).trials()
+    return Plan(loaded).trials()
 
 
 def with_repeats(trials: Iterable[Trial]) -> list[Trial]:

@@ -18,8 +18,9 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.placement_group import PlacementGroup
 
+from mimiclab.cluster.capacity import is_one_machine
 from mimiclab.errors import NoRetryError, PreemptedError, UserError
-from mimiclab.fit import PLACEMENT_GROUP
+from mimiclab.fit import PLACEMENT_GROUP, WHERE
 from mimiclab.restarts import last_line
 from mimiclab.schema import ScaleConfig
 from mimiclab.search.alone import is_alone
@@ -99,7 +100,7 @@ def tune_trials(
     address = ray.util.get_node_ip_address()
     given = _Given(course)
     tuner = tune.Tuner(
-        tune.with_resources(trainable, {**needs, f"node:{address}": 0.001}),
+        tune.with_resources(trainable, _here(needs, address)),
         tune_config=tune.TuneConfig(
             num_samples=-1,
             search_alg=_Queue(given),
@@ -112,7 +113,7 @@ def tune_trials(
         run_config=tune.RunConfig(
             name="tune",
             storage_path=folder.uri if folder.local is None else str(folder.local),
-            callbacks=[_Watch(given, address if _is_one_machine() else None)],
+            callbacks=[_Watch(given, address if is_one_machine() else None)],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trials keep their own
             verbose=2 if verbose else 0,
         ),
@@ -195,7 +196,7 @@ class _Decisions(FIFOScheduler):  # type: ignore[misc]
             step=result.get("step"),
             metrics=result,
             last=bool(result.get(LAST)),
-            where=result.get("where"),
+            where=_machines(result),
         )
         return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
 
@@ -231,14 +232,32 @@ class _Watch(tune.Callback):  # type: ignore[misc]
             self._given.course.end(run, *judge(error))
 
 
-def _is_one_machine() -> bool:
-    return sum(bool(node["Alive"]) for node in ray.nodes()) == 1
+def _here(needs: Mapping[str, float], address: str) -> tune.PlacementGroupFactory:
+    """A trial's process on the node where the search was started; several nodes may share its address."""
+    node = ray.get_runtime_context().get_node_id()
+    # By the label alone it would ask for nothing, where a trial's driver needs no processor.
+    bundle = {**needs, f"node:{address}": 0.001}
+    return tune.PlacementGroupFactory([bundle], bundle_label_selector=[{"ray.io/node-id": node}])
+
+
+def _machines(result: Mapping[str, Any]) -> str | None:
+    """The address of rank 0's machine, and how many more its workers are on: `10.0.0.7 +2`; None of a trial alone."""
+    if (group := _group_of(result)) is None:
+        return None
+    nodes = {*ray.util.placement_group_table(group).get("bundles_to_node_id", {}).values()}
+    return f"{result[WHERE]} +{len(nodes) - 1}" if len(nodes) > 1 else str(result[WHERE])
+
+
+def _group_of(result: Mapping[str, Any] | None) -> PlacementGroup | None:
+    """What Ray reserved for the workers that told a result."""
+    group = (result or {}).get(PLACEMENT_GROUP)
+    return PlacementGroup(PlacementGroupID.from_hex(group)) if group else None
 
 
 def _give_back(result: Mapping[str, Any] | None) -> None:
     """Free what a trial's workers had reserved: Tune kills their controller, which would have done it."""
-    if group := (result or {}).get(PLACEMENT_GROUP):
-        ray.util.remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
+    if group := _group_of(result):
+        ray.util.remove_placement_group(group)
 
 
 def _error_of(trial: Any) -> Exception:

@@ -31,12 +31,18 @@ def cluster_up(
     cpus_per_node: Annotated[
         int, typer.Option(metavar="K", help="CPUs that each of them offers, whatever the machine has.", min=1)
     ] = 1,
+    dashboard_host: Annotated[
+        str,
+        typer.Option(metavar="ADDRESS", help="Where the dashboard and the job server listen; others reach them there."),
+    ] = "127.0.0.1",
     verbose: Verbose = False,
 ) -> None:
     """Start a cluster on this machine; it runs until `cluster down`."""
     from mimiclab.cluster import local
 
-    _describe(local.up(num_cpus, typer.echo, num_nodes=nodes, cpus_per_node=cpus_per_node))
+    _describe(
+        local.up(num_cpus, typer.echo, num_nodes=nodes, cpus_per_node=cpus_per_node, dashboard_host=dashboard_host)
+    )
 
 
 @cluster_app.command("status")
