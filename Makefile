@@ -70,7 +70,9 @@ type-check: $(READY) ## mypy, strict
 	$(BIN)/mypy
 
 bench: $(READY) ## the short form of the benchmarks
-	$(BIN)/python experiments/benchmarks/inference.py
+	$(BIN)/python experiments/benchmarks/inference.py --short
+	$(BIN)/python experiments/benchmarks/training.py --short
+	$(BIN)/python experiments/benchmarks/evaluation.py --images 300 --rounds 1
 
 clean: ## remove caches and build outputs; runs, data and .venv stay
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis test-output dist

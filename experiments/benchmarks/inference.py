@@ -1,87 +1,80 @@
-"""Time of one inference: MimicDet's deployed path against torchvision's RetinaNet, same backbone and image.
+"""Time of inference: MimicDet's deployed path against torchvision's RetinaNet, FCOS and Faster R-CNN.
 
-    python experiments/benchmarks/inference.py [--height 480 --width 640 --repeats 5]
+    python experiments/benchmarks/inference.py [--short] [--compile] [--output FILE]
+    python experiments/benchmarks/inference.py --device cuda --precision bf16 --rounds 50 --compile
 
-Weights are random, which is fine for time as long as both sides post-process alike: thresholds are set so that no
-candidate passes on either, and the figure is that of the networks. Sides take turns within one process; printed
-are medians with the spread and the median of the paired ratios.
+Batches of 1 and of 8 images, from pixels to detections. A threshold that no score reaches leaves no candidate to the
+last NMS of any side: the figures are those of the networks and of choosing where to look, which is 1000 positions for
+MimicDet and 1000 proposals for Faster R-CNN. Sides take turns in one process; peers are run in both memory formats,
+and with --compile also with backbone and heads compiled, as is MimicDet; the fastest form counts, of either side.
 """
 
 from __future__ import annotations
 
-import argparse
-import platform
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
-import torchvision
-from torch import Tensor
+from peers import (
+    OURS,
+    PEERS,
+    Setting,
+    arguments,
+    best_forms,
+    detector,
+    report,
+    settings,
+    surroundings,
+    table,
+    take_turns,
+)
+from torch import nn
 
-from mimicdet import MimicDet, ModelConfig
-from mimicdet.config import BackboneConfig, InferenceConfig
-
-NUM_CLASSES = 80
+LAST, COMPILED = ", channels last", ", compiled"
+# What is compiled of each detector, where it is there: the parts without choices that depend on the data.
+DENSE_PARTS = ("backbone", "pyramid", "refinement", "head", "rpn.head", "roi_heads.box_head")
 
 
 def main() -> None:
-    """Run the benchmark and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--height", type=int, default=480)
-    parser.add_argument("--width", type=int, default=640)
-    parser.add_argument("--repeats", type=int, default=5)
+    """Run the benchmark and write what was measured."""
+    parser = arguments(__doc__)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
-
-    torch.manual_seed(0)
-    image = torch.rand(3, args.height, args.width)
-    sides = {"MimicDet": _mimicdet(), "RetinaNet": _retinanet(min(image.shape[1:]), max(image.shape[1:]))}
-    times = _take_turns(sides, image, args.repeats)
-
-    print(
-        f"ResNet-50, {args.height} x {args.width}, batch 1, fp32, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, torchvision {torchvision.__version__}, {platform.machine()}"
-    )
-    print("| | median s | min | max |\n|---|---|---|---|")
-    for name, values in times.items():
-        print(f"| {name} | {statistics.median(values):.3f} | {min(values):.3f} | {max(values):.3f} |")
-    ratios = [theirs / ours for ours, theirs in zip(times["MimicDet"], times["RetinaNet"], strict=True)]
-    print(f"RetinaNet / MimicDet: {statistics.median(ratios):.2f} x (median of {len(ratios)} pairs)")
+    ours, forms = [OURS], ["", LAST]
+    if args.compile:
+        ours, forms = [OURS, OURS + COMPILED], [*forms, LAST + COMPILED]
+    parts = []
+    for setting in settings(args, args.batch):
+        names = ours + [peer + form for peer in PEERS for form in forms]
+        with torch.inference_mode():
+            times = take_turns({name: inference(name, setting) for name in names}, args.rounds, setting.device)
+        against = min(ours, key=lambda name: sorted(times[name])[len(times[name]) // 2])
+        parts += [f"Inference: {setting}; {args.rounds} rounds.", table(times, against), best_forms(times, against)]
+    report([f"{surroundings(setting.device)}.", *parts], args.output)
 
 
-def _mimicdet() -> Callable[[Tensor], object]:
-    config = ModelConfig(backbone=BackboneConfig(name="resnet50"), inference=InferenceConfig(score_threshold=0.999))
-    model = MimicDet(config, NUM_CLASSES).eval()
-    # A random start has GroupNorm where the peer has the cheaper BatchNorm: the ratio errs against MimicDet.
-    return lambda image: model.detect([image])
+def inference(name: str, setting: Setting) -> Callable[[], object]:
+    """A function that runs `name` once; it may end in LAST, COMPILED or both."""
+    plain = name.removesuffix(COMPILED)
+    peer = plain.removesuffix(LAST)
+    net = detector(peer, setting, channels_last=peer != plain).eval()
+    if plain != name:
+        _compile(net)
+    images = setting.images()
 
-
-def _retinanet(short: int, long: int) -> Callable[[Tensor], object]:
-    model = torchvision.models.detection.retinanet_resnet50_fpn(
-        weights=None,
-        weights_backbone=None,
-        num_classes=NUM_CLASSES,
-        min_size=short,
-        max_size=long,
-        score_thresh=0.999,
-    ).eval()
-
-    def detect(image: Tensor) -> object:
-        with torch.no_grad():
-            return model([image])
+    def detect() -> object:
+        with setting.autocast():
+            return net(images)
 
     return detect
 
 
-def _take_turns(sides: dict[str, Callable[[Tensor], object]], image: Tensor, repeats: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(repeats + 1):
-        for name, detect in sides.items():
-            started = time.perf_counter()
-            detect(image)
-            if repeat:  # the first of each warms up
-                times[name].append(time.perf_counter() - started)
-    return times
+def _compile(net: nn.Module) -> None:
+    for part in DENSE_PARTS:
+        try:
+            net.get_submodule(part).compile()
+        except AttributeError:  # another detector's
+            continue
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ def assign_anchors(
         # Euclidean distance, with the candidates of other levels out of reach; argmin takes the first of equals.
         reach = distance.square().sum(-1).masked_fill(~same_level, torch.inf)
         lonely = ~region.any(0) & ~iscrowd & same_level.any(0)
-        region[reach.argmin(0)[lonely], lonely.nonzero().flatten()] = True
+        nearest, own = reach.argmin(0), torch.arange(len(boxes), device=boxes.device)
+        region[nearest, own] |= lonely
 
     claim = area[None].expand(num, -1).masked_fill(~region, torch.inf)
     matched = claim.argmin(1)
@@ -86,24 +87,18 @@ def assign_proposals(proposals: Tensor, boxes: Tensor, iscrowd: Tensor, iou_thre
 
     Proposals that are not positive and lie mostly in a crowd region are ignored.
     """
-    num = len(proposals)
-    iou = box_iou(proposals, boxes[~iscrowd])
-    if iou.shape[1] == 0:
-        best = proposals.new_zeros(num)
-        matched = torch.zeros(num, dtype=torch.int64, device=proposals.device)
-    else:
-        best, index = iou.max(1)
-        matched = (~iscrowd).nonzero().flatten()[index]
+    if len(boxes) == 0:
+        none = torch.zeros(len(proposals), dtype=torch.bool, device=proposals.device)
+        return Assignment(matched=none.long(), positive=none, negative=~none)
+    best, matched = box_iou(proposals, boxes).masked_fill(iscrowd, -1).max(1)
     positive = best >= iou_threshold
-    covered = _coverage(proposals, boxes[iscrowd]) > CROWD_COVERAGE
+    covered = _coverage(proposals, boxes).masked_fill(~iscrowd, 0).amax(1) > CROWD_COVERAGE
     return Assignment(matched=matched, positive=positive, negative=~positive & ~covered)
 
 
 def _coverage(proposals: Tensor, regions: Tensor) -> Tensor:
-    """Largest share (n,) of each proposal's area that one of the regions covers."""
-    if len(regions) == 0:
-        return proposals.new_zeros(len(proposals))
+    """Share (n, M) of each proposal's area that each of the regions covers."""
     low = torch.maximum(proposals[:, None, :2], regions[None, :, :2])
     high = torch.minimum(proposals[:, None, 2:], regions[None, :, 2:])
     area = (proposals[:, 2:] - proposals[:, :2]).prod(1)
-    return ((high - low).clamp(min=0).prod(-1) / area[:, None]).max(1).values
+    return (high - low).clamp(min=0).prod(-1) / area[:, None]

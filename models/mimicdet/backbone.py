@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -44,6 +45,7 @@ class Backbone(nn.Module):
             # Under torchvision's own names, before the parts are put into stages.
             self.report = _load(net, config.name, config.weights)
         self.stages = nn.ModuleList(stages)
+        _fold_norms(self.stages)
         self.channels = dict(zip(C_LEVELS, channels, strict=True))
         self._num_frozen = config.frozen_stages or 0
         for stage in stages[: self._num_frozen]:
@@ -71,8 +73,57 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(min(32, max(1, channels // 8)), channels), channels)
 
 
+class FoldedNorm(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision ships no types
+    """A FrozenBatchNorm2d whose convolution applies it; passes its input through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x`."""
+        return x
+
+    def fold(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution with `weight` (C, ..), this norm included."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return weight * scale[:, None, None, None], self.bias - self.running_mean * scale
+
+
+class NormedConv(nn.Conv2d):
+    """A convolution and the frozen norm behind it in one pass over the activations instead of three.
+
+    The weights are scaled anew in each pass, so that they can be trained: a few milliseconds, where the norms of a
+    ResNet-50 took a sixteenth of its forward pass on a CPU.
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: FoldedNorm) -> None:
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            bias=False,
+            device="meta",
+        )
+        self.weight = conv.weight
+        self._norm = (norm,)  # no child: its state keeps torchvision's place and name
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve and normalise (N, C, H, W)."""
+        weight, bias = self._norm[0].fold(self.weight)
+        return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def _fold_norms(stages: nn.ModuleList) -> None:
+    for parent in stages.modules():
+        for (name, conv), (_, norm) in pairwise(list(parent.named_children())):
+            if isinstance(norm, FoldedNorm):
+                assert isinstance(conv, nn.Conv2d)
+                setattr(parent, name, NormedConv(conv, norm))
+
+
 _NORMS: dict[str, Callable[..., nn.Module]] = {
-    "frozen_bn": FrozenBatchNorm2d,
+    "frozen_bn": FoldedNorm,
     "sync_bn": nn.SyncBatchNorm,
     "group_norm": group_norm,
 }

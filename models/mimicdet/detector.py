@@ -182,7 +182,7 @@ class MimicDet(Detector):
         config, num = self.config, len(targets)
 
         def mean(values: Tensor, counted: Tensor) -> Tensor:
-            return mean_per_image(values[counted], rois.image[counted], num)
+            return mean_per_image(values, rois.image, num, counted)
 
         output = self._teacher(teacher, shared, rois.image, rois.position)
         cls_loss, box_loss = box_losses(output, rois, shared, targets, config.teacher.box_std, self.num_classes)
@@ -191,7 +191,7 @@ class MimicDet(Detector):
         rise = 1.0 if self._step is None else warmup(self._step, config.mimic)
         losses = {
             "teacher_cls": config.teacher.loss_weight * mean(cls_loss, learned),
-            "teacher_box": config.teacher.loss_weight * self._box_mean(box_loss[learned], rois.take(learned), num),
+            "teacher_box": config.teacher.loss_weight * self._box_mean(box_loss, rois, num, learned),
             "mimic_cls": rise * config.mimic.cls_weight * mean(by_class, mimicked),
             "mimic_reg": rise * config.mimic.reg_weight * mean(by_feature, shown),
         }
@@ -202,9 +202,10 @@ class MimicDet(Detector):
         }
         return losses, metrics
 
-    def _box_mean(self, losses: Tensor, boxes: Boxes, num: int) -> Tensor:
-        counted = boxes.positive if self.config.box_loss_over == "positives" else None
-        return mean_per_image(losses, boxes.image, num, counted)
+    def _box_mean(self, losses: Tensor, boxes: Boxes, num: int, among: Tensor | None = None) -> Tensor:
+        if self.config.box_loss_over == "positives":
+            among = boxes.positive if among is None else boxes.positive & among
+        return mean_per_image(losses, boxes.image, num, among)
 
     # ---- inference ----
 
@@ -249,17 +250,21 @@ class MimicDet(Detector):
 
     def _shared(self, images: Sequence[Tensor], pad_to: tuple[int, int] | None, *, lowest: int) -> Shared:
         sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
-        return self.share(batch_images(images, pad_to, self.mean, self.std), sizes, lowest=lowest)
+        batch = batch_images(images, pad_to, self.mean, self.std)
+        return self.share(batch, sizes, lowest=lowest, unfinished=self.pyramid.boxes_only)
 
-    def share(self, batch: Tensor, sizes: list[tuple[int, int]], *, lowest: int) -> Shared:
+    def share(
+        self, batch: Tensor, sizes: list[tuple[int, int]], *, lowest: int, unfinished: Sequence[int] = ()
+    ) -> Shared:
         """Run backbone, pyramid and refinement.
 
         Args:
             batch: (N, 3, H, W), normalised and padded.
             sizes: (H, W) of each image without padding.
             lowest: lowest level that is computed: the student's own, or the teacher's.
+            unfinished: see `Pyramid.forward`.
         """
-        pyramid = self.pyramid(self.backbone(batch), lowest=lowest)
+        pyramid = self.pyramid(self.backbone(batch), lowest=lowest, unfinished=unfinished)
         low = [pyramid[level] for level in self.pyramid.low_levels]
         grid = make_grid(self.pyramid.low_levels, low, self.config.anchors.scale)
         objectness, deltas = self.refinement(low)
@@ -285,6 +290,7 @@ class MimicDet(Detector):
         # An anchor of P_L is pooled from P_{L - stagger}. (paper)
         level = shared.grid.level[position] + self.pyramid.lowest
         pyramid = {each: shared.pyramid[each] for each in self.pyramid.high_levels}
-        output = teacher(pyramid, shared.refined[image, position], image, level)
+        convs = {each: self.pyramid.output[str(each)] for each in self.pyramid.boxes_only}
+        output = teacher(pyramid, shared.refined[image, position], image, level, convs)
         assert isinstance(output, HeadOutput)
         return output

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ class Pyramid(nn.Module):
         self.low_levels = tuple(range(config.min_level, config.max_level + 1))
         self.high_levels = tuple(level - config.stagger for level in self.low_levels)
         self.lowest = self.high_levels[0]
+        # Read at the teacher's boxes only.
+        self.boxes_only = tuple(level for level in self.high_levels if level < self.low_levels[0])
         channels = config.channels
         from_backbone = range(min(self.lowest, 5), 6)
         self.lateral = nn.ModuleDict({str(i): nn.Conv2d(in_channels[i], channels, 1) for i in from_backbone})
@@ -40,12 +42,15 @@ class Pyramid(nn.Module):
                 assert conv.bias is not None
                 nn.init.zeros_(conv.bias)
 
-    def forward(self, features: Mapping[int, Tensor], *, lowest: int | None = None) -> dict[int, Tensor]:
+    def forward(
+        self, features: Mapping[int, Tensor], *, lowest: int | None = None, unfinished: Sequence[int] = ()
+    ) -> dict[int, Tensor]:
         """Compute P_lowest..P_max.
 
         Args:
             features: C2..C5, (N, C_L, H_L, W_L) each.
             lowest: the lowest level wanted; the pyramid's own lowest by default.
+            unfinished: levels below P5 that are returned as they are before their `output` convolution.
 
         Returns:
             {L: (N, channels, H_L, W_L)}.
@@ -56,7 +61,7 @@ class Pyramid(nn.Module):
         for level in range(4, lowest - 1, -1):
             lateral = self.lateral[str(level)](features[level])
             inner = lateral + F.interpolate(inner, size=lateral.shape[-2:], mode="nearest")
-            pyramid[level] = self.output[str(level)](inner)
+            pyramid[level] = inner if level in unfinished else self.output[str(level)](inner)
         source = features[5] if self.config.extra_from == "c5" else pyramid[5]
         for level in range(6, self.config.max_level + 1):
             pyramid[level] = self.extra[str(level)](source if level == 6 else F.relu(pyramid[6]))

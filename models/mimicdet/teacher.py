@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from mimicdet.anchors import full_precision
 from mimicdet.config import ModelConfig
+from mimicdet.pooling import pool
 from mimicdet.student import HeadOutput, num_logits, start_predictors
 
 
@@ -38,7 +38,14 @@ class Teacher(nn.Module):
                 nn.init.zeros_(layer.bias)
         start_predictors(self.logits, self.deltas, model)
 
-    def forward(self, pyramid: Mapping[int, Tensor], boxes: Tensor, image: Tensor, level: Tensor) -> HeadOutput:
+    def forward(
+        self,
+        pyramid: Mapping[int, Tensor],
+        boxes: Tensor,
+        image: Tensor,
+        level: Tensor,
+        convs: Mapping[int, nn.Conv2d] | None = None,
+    ) -> HeadOutput:
         """Evaluate the head on n boxes.
 
         Args:
@@ -46,23 +53,26 @@ class Teacher(nn.Module):
             boxes: (n, 4) xyxy pixels.
             image: (n,) int64, which image of the batch.
             level: (n,) int64, the L each box is pooled from: the anchor's own minus the stagger. (paper)
+            convs: 3x3 convolutions that levels of the pyramid still have to go through.
         """
         rois = torch.cat([image[:, None].to(boxes.dtype), boxes], 1)
-        pooled, orders = [], []
-        for name in sorted(pyramid):
-            chosen = (level == name).nonzero().flatten()
-            orders.append(chosen)
+        # By level, and back: how many there are of each is all that the host has to know.
+        names = sorted(pyramid)
+        order = level.argsort(stable=True)
+        sizes = torch.stack([(level == name).sum() for name in names]).tolist()
+        pooled = []
+        for name, chosen in zip(names, order.split(sizes), strict=True):
             pooled.append(
-                roi_align(
+                pool(
                     pyramid[name],
                     rois[chosen],
-                    output_size=self.config.pooled_size,
-                    spatial_scale=1 / 2**name,
+                    size=self.config.pooled_size,
+                    scale=1 / 2**name,
                     sampling_ratio=self.config.sampling_ratio,
-                    aligned=True,
+                    conv=convs.get(name) if convs else None,
                 )
             )
-        x = torch.cat(pooled)[torch.cat(orders).argsort()]
+        x = torch.cat(pooled)[order.argsort()]
         feature = self.reg_hidden(x)
         logits = self.logits(self.cls_hidden(x))
         return HeadOutput(full_precision(logits), full_precision(self.deltas(F.relu(feature))), full_precision(feature))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -103,22 +104,23 @@ def box_losses(
     num_classes: int,
 ) -> tuple[Tensor, Tensor]:
     """Classification and box loss (n,) of a head's answer for n boxes of the batch."""
-    sizes = boxes.sizes(len(targets))
-    labels, wanted = [], []
-    for target, matched in zip(targets, boxes.matched.split(sizes), strict=True):
-        # A row of its own behind the ground truth keeps the lookup valid for images without objects.
-        labels.append(torch.cat([target["labels"], target["labels"].new_zeros(1)])[matched])
-        wanted.append(torch.cat([target["boxes"], target["boxes"].new_tensor([[0, 0, 1, 1]])])[matched])
-    label = torch.where(boxes.positive, torch.cat(labels), num_classes)
+    starts = list(accumulate((len(target["labels"]) for target in targets), initial=0))
+    # A row behind all ground truth keeps the lookup valid: negatives of images without objects match nothing.
+    labels = torch.cat([*(target["labels"] for target in targets), boxes.matched.new_zeros(1)])
+    truth = torch.cat([*(target["boxes"] for target in targets), shared.refined.new_tensor([[0, 0, 1, 1]])])
+    row = torch.tensor(starts, device=boxes.image.device)[boxes.image] + boxes.matched
+    label = torch.where(boxes.positive, labels[row], num_classes)
     refined = shared.refined[boxes.image, boxes.position]
-    return head_losses(output, label, encode(torch.cat(wanted), refined, box_std), num_classes)
+    return head_losses(output, label, encode(truth[row], refined, box_std), num_classes)
 
 
 def mean_per_image(values: Tensor, image: Tensor, num_images: int, counted: Tensor | None = None) -> Tensor:
-    """Sum (N,) of values (n,) over each image's boxes, by how many there are, or how many are `counted` (n,).
+    """Mean (N,) of values (n,) over each image's boxes, or over those that are `counted`, (n,) bool.
 
     Zero, attached to the graph, where there are none.
     """
-    total = values.new_zeros(num_images).index_add(0, image, values)
-    image = image if counted is None else image[counted]
-    return total / torch.bincount(image, minlength=num_images).clamp(min=1)
+    if counted is None:
+        counted = torch.ones_like(image, dtype=torch.bool)
+    # By sums alone: how many there are never has to be known on the host, which would wait for a GPU.
+    total = values.new_zeros(num_images).index_add(0, image, values.where(counted, 0))
+    return total / image.new_zeros(num_images).index_add(0, image, counted.long()).clamp(min=1)

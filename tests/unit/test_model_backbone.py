@@ -1,12 +1,13 @@
 """Stages C2..C5 of the classification networks."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from mimicdet.backbone import Backbone, group_norm
@@ -174,6 +175,47 @@ def test_frozen_stages_have_no_gradient(
     # Statistics stay as published in training mode, in every stage.
     assert not [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
     assert [m for m in backbone.modules() if isinstance(m, FrozenBatchNorm2d)]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_norms_within_their_convolutions_train_as_behind_them(
+    name: str, published: dict[str, tuple[nn.Module, Path]]
+) -> None:
+    net, path = published[name]
+    backbone = Backbone(BackboneConfig(name=name, weights=str(path), frozen_stages=0)).double().train()
+    theirs = getattr(torchvision.models, name)(norm_layer=FrozenBatchNorm2d).double().train()
+    theirs.load_state_dict({key: value for key, value in net.state_dict().items() if "num_batches" not in key})
+    nodes = {"resnet18": "layer4", "mobilenet_v2": "features.17"}
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+
+    seen: list[Tensor] = []
+    theirs.get_submodule(nodes[name]).register_forward_hook(lambda _, __, output: seen.append(output))
+    theirs(images)
+    found = backbone(images)[5]
+    assert torch.allclose(found, seen[0], rtol=1e-9, atol=1e-9)
+    for output in (found, seen[0]):
+        output.square().mean().backward()
+    # In the order in which the networks are run, which both have.
+    wanted = {p.shape: [] for p in theirs.parameters()}
+    for parameter in theirs.parameters():
+        if parameter.grad is not None:
+            wanted[parameter.shape].append(parameter.grad)
+    for parameter in backbone.parameters():
+        assert parameter.grad is not None
+        assert torch.allclose(parameter.grad, wanted[parameter.shape].pop(0), rtol=1e-7, atol=1e-12)
+    assert not any(wanted.values())
+
+
+def test_a_copy_of_a_backbone_has_norms_of_its_own(published: dict[str, tuple[nn.Module, Path]]) -> None:
+    backbone = Backbone(BackboneConfig(name="resnet18", weights=str(published["resnet18"][1])))
+    images = torch.randn(1, 3, 64, 64)
+    before = backbone(images)[5]
+    copied = copy.deepcopy(backbone)
+    for norm in copied.modules():
+        if isinstance(norm, FrozenBatchNorm2d):
+            norm.weight.zero_()
+    assert torch.equal(backbone(images)[5], before)
+    assert not torch.equal(copied(images)[5], before)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])

@@ -96,6 +96,10 @@ class _KeepSize(GeneralizedRCNNTransform):  # type: ignore[misc]  # torchvision 
     def resize(self, image: Tensor, target: Any = None) -> Any:
         return image, target
 
+    def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
+        batch: Tensor = super().batch_images(images, size_divisible)
+        return batch.contiguous(memory_format=torch.channels_last)  # as ours: sums are added up in its order
+
 
 def torchvisions(model: Baseline) -> nn.Module:
     """torchvision's class with its own anchors, assignment and inputs, and the weights of `model`."""

@@ -100,7 +100,7 @@ def assert_equal(found: list[Detections], wanted: list[Detections]) -> None:
         distance[ours["labels"][:, None] != theirs["labels"]] = torch.inf
         closest, match = distance.min(1)
         assert sorted(match.tolist()) == list(range(len(match)))
-        assert float(closest.max()) < 1e-3
+        assert float(closest.max()) < 3e-3  # pixels: the layouts that convolutions run in add up in other orders
         assert torch.allclose(ours["scores"], theirs["scores"][match], rtol=0, atol=1e-4)
 
 
