@@ -14,7 +14,7 @@ class PairScorer(COCOeval):  # type: ignore[misc]
     """`COCOeval` of boxes by class, with the same answers.
 
     Of many classes, most of what is detected on an image is of those that it does not show. Nothing is to be matched
-    there; pycocotools sorts and compares all the same, once for each range of areas: with 80 classes a quarter of its
+    there; pycocotools sorts and compares all the same, once for each range of areas: with 80 classes a third of its
     time (experiments/results/evaluation.md).
     """
 
