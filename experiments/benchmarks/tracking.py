@@ -4,9 +4,10 @@
 
 One process trains. In each round every side takes its turn of a few steps, in another order each time, so that all of
 them meet the same machine. A step is timed with all that rank 0 logs of it, from asking for its batch to the return of
-the tracker. A side's tracker, and its sampling of the machine's load, begin some steps before its turn is measured and
-end with it. "down" is a port at which nobody answers, "slow" a proxy on loopback that lets every answer wait for 2 s.
-Printed are the median step of each side and the median of the rounds' ratios to memory.
+the tracker. A side's tracker, and its sampling of the machine's load, begin some steps before its turn is measured, so
+that it has connected, which real runs do once, and end with it. "down" is a port where nobody answers, "slow" a proxy
+on loopback that lets every answer wait for 2 s. Printed are the median step of each side and the median of the rounds'
+ratios to memory.
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ from mimiclab.tracking.writer import MlflowTracker
 
 ANSWER_S = 2.0
 WARM_UP = 5
-# Of each turn, not measured: the tracker connects, which real runs do once.
+# Of each turn, not measured.
 TURN_WARM_UP = 3
-MEMORY = "in memory"
+CLOSE_S = 10.0
+MEMORY, DOWN = "in memory", "down"
 
 
 def main() -> None:
@@ -67,7 +69,7 @@ def main() -> None:
                 target=_delay, args=(running.base_url, port := _free_port()), daemon=True
             )
             slow.start()
-            uris = {"up": running.base_url, "down": f"http://127.0.0.1:{_free_port()}"}
+            uris = {"up": running.base_url, DOWN: f"http://127.0.0.1:{_free_port()}"}
             uris["slow"] = f"http://127.0.0.1:{port}"
             step = _steps(experiment)
             for _ in range(WARM_UP):
@@ -94,10 +96,13 @@ def _measure(
                 own = runs.open_run(store, "benchmark", f"{side} {number}", "0", {}, {})
                 tracker = MlflowTracker(uris[side], own)
                 monitor = SystemMonitor.start(uris[side], own, 1.0, torch.device("cpu"))
+                step(tracker)
+                while side != DOWN and tracker.unsent():  # it connects, which takes seconds with a slow server
+                    time.sleep(0.1)
                 taken = [step(tracker) for _ in range(TURN_WARM_UP + num)]
                 assert monitor is not None
                 monitor.close()
-                tracker.close(0)
+                tracker.close(0 if side == DOWN else CLOSE_S)  # nothing of it reaches into the next turn
             measured[side].append(taken[TURN_WARM_UP:])
     return measured
 
