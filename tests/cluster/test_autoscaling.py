@@ -98,7 +98,7 @@ def at_work(nodes: Nodes) -> list[psutil.Process]:
 def test_a_search_makes_the_cluster_grow_and_outlives_one_of_its_machines(folder: Path, nodes: Nodes) -> None:
     [head] = nodes.all()
     assert "CPU" not in head.resources
-    wait_until(lambda: machines(nodes) == [], 60)  # a machine is gone from the table a moment before its process
+    assert machines(nodes) == []
 
     code, output = attempt("submit", "search", "find.yaml", "--set", f"scale.workers={MAX_NODES + 1}")
     assert code == 2
