@@ -15,6 +15,7 @@ from mimicdet.config import is_published_name
 from mimiclab import runs
 from mimiclab.books import Books
 from mimiclab.cluster import reach
+from mimiclab.cluster.capacity import is_one_machine
 from mimiclab.errors import UserError
 from mimiclab.experiment import flatten, identity, resolved_yaml
 from mimiclab.fit import Fit, fit
@@ -172,8 +173,6 @@ def check(experiment: Experiment, console: Console, *, fresh: bool = False) -> S
     """
     from mimiclab import checkpoint
     from mimiclab.build import build_detector
-    from mimiclab.data.columns import ImageFiles
-    from mimiclab.data.dataset import check_images
     from mimiclab.data.splits import read_splits
     from mimiclab.scoring import check_scorer
 
@@ -182,10 +181,7 @@ def check(experiment: Experiment, console: Console, *, fresh: bool = False) -> S
     located = _located(experiment)
     splits = read_splits(located.data)
     _announce(splits, console)
-    for split in (splits.train, splits.val):
-        # Those of a packed set were decoded when it was packed.
-        if isinstance(split.source, ImageFiles) and len(split.images) <= DECODE_AHEAD:
-            check_images(split)
+    decode_ahead(splits)
     # Built once here, so that weights that do not fit are found before workers start.
     newest = checkpoint.latest(runs.storage_of(experiment) / runs.CHECKPOINTS, warn=lambda _: None, deep=False)
     build_detector(
@@ -197,8 +193,25 @@ def check(experiment: Experiment, console: Console, *, fresh: bool = False) -> S
     return splits
 
 
+def decode_ahead(splits: Splits) -> None:
+    """Decode every image of small sets, see `DECODE_AHEAD`.
+
+    Raises:
+        UserError: one is damaged.
+    """
+    from mimiclab.data.columns import ImageFiles
+    from mimiclab.data.dataset import check_images
+
+    for split in (splits.train, splits.val):
+        # Those of a packed set were decoded when it was packed.
+        if isinstance(split.source, ImageFiles) and len(split.images) <= DECODE_AHEAD:
+            check_images(split)
+
+
 def _check_reach(located: Experiment, console: Console, *, fresh: bool) -> None:
     """Make sure that nodes see the data, the weights where they are needed, and the storage."""
+    if is_one_machine():
+        return
     from mimiclab import checkpoint
 
     newest = checkpoint.latest(runs.storage_of(located) / runs.CHECKPOINTS, warn=lambda _: None, deep=False)

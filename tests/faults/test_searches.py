@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from mlflow import MlflowClient
+from settings import users_settings
 from tinyruns import TINY
 
 from mimiclab.cluster import local
@@ -147,12 +148,11 @@ search:
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     """Two nodes beside a head, for one worker each."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("RAY_")]:
-            patch.delenv(name)
-        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        with local.owned_cluster(lambda _: None, num_nodes=2) as started:
-            yield started
+    with (
+        users_settings(tmp_path_factory.mktemp("state")),
+        local.owned_cluster(lambda _: None, num_nodes=2) as started,
+    ):
+        yield started
 
 
 def search_on(nodes: Nodes, root: Path, text: str) -> subprocess.Popen[str]:

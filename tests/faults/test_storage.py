@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import disks
 import pytest
 from tinyruns import NUM_STEPS, assert_same, history, quiet, said, tiny
 
@@ -19,14 +20,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for the first checkpoints only."""
-    place = tmp_path / "small"
-    place.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=35m", "none", place], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"a small disk needs the right to mount one: {error}")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+    with disks.small_disk(tmp_path / "small", "35m") as place:
+        yield place
 
 
 def test_a_full_disk_ends_the_run_in_words_and_with_room_it_goes_on(

@@ -9,6 +9,7 @@ from contextlib import ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
 
+import disks
 import pytest
 from mlflow import MlflowClient
 from tinyruns import at_step, history, quiet, said, tiny
@@ -105,14 +106,8 @@ def test_training_neither_waits_for_the_server_nor_loses_anything_to_it(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system that is soon full."""
-    place = tmp_path / "small"
-    place.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", place], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"a small disk needs the right to mount one: {error}")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+    with disks.small_disk(tmp_path / "small", "8m") as place:
+        yield place
 
 
 def fill(file: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from settings import users_settings
 
 from mimiclab.cluster import local, state
 from mimiclab.cluster.nodes import HEAD, Nodes
@@ -78,13 +79,12 @@ class Rank:
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What is remembered of clusters is kept apart, and Ray's settings are as the clusters want them."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("RAY_")]:
-            patch.delenv(name)
-        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_health_check_period_ms", "1000")  # five of them make a node dead
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    own = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_health_check_period_ms": "1000",  # five of them make a node dead
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+    with users_settings(tmp_path_factory.mktemp("state"), own):
         yield
 
 

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 import yaml
+from settings import AFTER_UP, users_settings
 from tinyruns import TINY
 
 from mimiclab.cluster import local, state
@@ -61,14 +62,7 @@ class Socket(NamedTuple):
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What is remembered of clusters is kept apart, and Ray's settings are a user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("RAY_")]:
-            patch.delenv(name)
-        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        # As `up` leaves them in the process that calls it.
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        patch.setenv("RAY_API_SERVER_ADDRESS", "")
+    with users_settings(tmp_path_factory.mktemp("state"), AFTER_UP):
         yield
 
 

@@ -4,13 +4,13 @@ Both are on this machine, so a disk that only one of them sees is had by a path 
 meaning of its own for: the folder that it runs in.
 """
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from settings import AFTER_UP, users_settings
 
 from mimiclab.cluster import local
 from mimiclab.cluster.nodes import Nodes
@@ -40,15 +40,11 @@ for root, folder in zip(attempts[::2], attempts[1::2]):
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("RAY_")]:
-            patch.delenv(name)
-        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        patch.setenv("RAY_API_SERVER_ADDRESS", "")
-        with local.owned_cluster(lambda _: None, num_nodes=1) as started:
-            yield started
+    with (
+        users_settings(tmp_path_factory.mktemp("state"), AFTER_UP),
+        local.owned_cluster(lambda _: None, num_nodes=1) as started,
+    ):
+        yield started
 
 
 def test_a_node_says_what_it_does_not_see(nodes: Nodes, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import disks
 import pytest
 import sqlalchemy
 from alembic import command
@@ -158,14 +159,8 @@ def test_what_the_message_says_makes_an_older_store_usable(older: Path, tmp_path
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system that has no room for MLflow's empty tables."""
-    place = tmp_path / "small"
-    place.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", place], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"a small disk needs the right to mount one: {error}")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+    with disks.small_disk(tmp_path / "small", "400k") as place:
+        yield place
 
 
 def test_a_full_disk_under_a_store_that_is_to_be_made(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:

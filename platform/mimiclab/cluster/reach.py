@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mimicdet.config import is_published_name
-from mimiclab.cluster.capacity import is_one_machine
 from mimiclab.data.manifest import MANIFEST
 from mimiclab.errors import UserError
 from mimiclab.schema import Experiment, ScaleConfig
@@ -27,7 +26,7 @@ Files = Mapping[str, tuple[str, str]]
 
 
 def check(root: Storage, files: Files, scale: ScaleConfig, say: Callable[[str], object]) -> None:
-    """Make sure that a node which workers may run on sees what this machine sees; of a single machine it is known.
+    """Make sure that a node which workers may run on sees what this machine sees.
 
     Args:
         root: where runs are stored.
@@ -38,8 +37,6 @@ def check(root: Storage, files: Files, scale: ScaleConfig, say: Callable[[str], 
     Raises:
         UserError: it does not; the message names the node, the key and the path.
     """
-    if is_one_machine():
-        return
     name = f".probe-{secrets.token_hex(4)}"
     try:
         root.write(name, b"")

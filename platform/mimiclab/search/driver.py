@@ -44,7 +44,7 @@ from mimiclab.storage import Storage
 from mimiclab.tracking import runs as tracking
 from mimiclab.tracking import searches
 from mimiclab.tracking.writer import MlflowTracker
-from mimiclab.train import DECODE_AHEAD
+from mimiclab.train import decode_ahead
 
 # How long each trial's last metrics may take to reach the tracking server, seconds.
 _SEND_TIMEOUT_S = 60.0
@@ -92,7 +92,7 @@ def search(
     trials = plan.trials()
     tracking.check_tracking(experiment.where.tracking)
     uri = tracking.absolute_uri(experiment.where.tracking)
-    _check_data(experiment)
+    decode_ahead(splits_of(experiment))  # once for all trials, which find the data made when they run side by side
     folder = runs.storage_of(experiment)
     work = fresh or not Course(plan, trials, read_record(plan, trials, folder), say=lambda _: None).is_over
 
@@ -170,17 +170,6 @@ def check_room(experiment: Experiment, found: Mapping[str, float]) -> None:
                 f"search.workers_per_trial: {num} workers of {each:g} {kind} each need {num * each:g}, found "
                 f"{found.get(kind, 0):g} in the cluster; expected fewer workers per trial or a larger cluster"
             )
-
-
-def _check_data(experiment: Experiment) -> None:
-    """Look at the data once for all trials, which find it made when they run side by side."""
-    from mimiclab.data.columns import ImageFiles
-    from mimiclab.data.dataset import check_images
-
-    splits = splits_of(experiment)
-    for split in (splits.train, splits.val):
-        if isinstance(split.source, ImageFiles) and len(split.images) <= DECODE_AHEAD:
-            check_images(split)
 
 
 @contextlib.contextmanager
