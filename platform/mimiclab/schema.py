@@ -326,7 +326,8 @@ class SearchConfig(_Section):
     grace_period: PositiveInt = 1
     """How long every trial is at least."""
     reduction_factor: Annotated[int, Field(ge=2)] = 2
-    """A trial is compared at grace_period times each power of this; about one in so many goes on."""
+    """The rungs are at grace_period times each power of this. From one to the next a trial is compared at each of its
+    results with all who have come there; about one in so many goes on."""
     max_concurrent: int | Literal["auto"] = "auto"
     """Trials at a time; auto is as many as the cluster holds."""
     workers_per_trial: PositiveInt | None = None

@@ -506,7 +506,9 @@ def test_a_search_goes_on_after_ctrl_c_and_after_sigkill(root: Path, ray_cluster
     assert decisions == list(recompute(events))
     compared = [(d["trial"], d["epoch"], d["rung"], len(d["values"])) for d in decisions if d["rung"]]
     assert compared == [
-        (trial, rung, rung, n) for n, trial in enumerate(("trial-00", "trial-01")) for rung in (1, 2, 4)
+        (trial, epoch, rung, n)
+        for n, trial in enumerate(("trial-00", "trial-01"))
+        for epoch, rung in ((1, 1), (2, 2), (3, 2), (4, 4), (5, 4))
     ]
 
     now, trials = parent_and_children(client, "stopped")

@@ -1,4 +1,4 @@
-"""Successive halving: the decisions of Ray's own scheduler, each with what it was based on."""
+"""Successive halving: decisions with what they were based on; without second comparisons, those of Ray's scheduler."""
 
 import math
 from types import SimpleNamespace
@@ -13,8 +13,10 @@ from mimiclab.search.asha import Asha, Decision
 VALUES = st.one_of(st.floats(-1, 1), st.sampled_from([0.0, 0.25, 0.5, math.nan]))
 
 
-def asha(max_t: int = 9, grace_period: int = 1, reduction_factor: int = 3, mode: str = "max") -> Asha:
-    return Asha(max_t=max_t, grace_period=grace_period, reduction_factor=reduction_factor, mode=mode)
+def asha(
+    max_t: int = 9, grace_period: int = 1, reduction_factor: int = 3, mode: str = "max", again: bool = True
+) -> Asha:
+    return Asha(max_t=max_t, grace_period=grace_period, reduction_factor=reduction_factor, mode=mode, again=again)
 
 
 @pytest.mark.parametrize(
@@ -34,8 +36,44 @@ def test_a_decision_tells_what_it_was_based_on() -> None:
     assert halving.decide("b", 1, 0.4) == Decision(True, 1, (0.1,), 0.1)
     # The best third of 0.1 and 0.4 begins two thirds of the way between them.
     assert halving.decide("c", 1, 0.2) == Decision(False, 1, (0.1, 0.4), pytest.approx(0.3), "rung")
+    assert halving.decide("b", 2, 0.0) == Decision(True, 1, (0.1, 0.2), pytest.approx(1 / 6))
+    assert halving.decide("b", 3, 0.2) == Decision(True, 3)
+
+
+def test_who_came_first_is_compared_with_those_who_came_later_by_what_it_had_then() -> None:
+    halving = asha()
+    halving.decide("a", 1, 0.1)
+    halving.decide("b", 1, 0.4)
+
+    assert halving.decide("a", 2, 0.9) == Decision(False, 1, (0.4,), 0.4, "rung")
+
+
+def test_a_trial_is_compared_with_those_at_its_own_rung_alone() -> None:
+    halving = asha()
+    halving.decide("a", 1, 0.1)
+    halving.decide("a", 3, 0.2)
+    halving.decide("b", 1, 0.4)
+
+    assert halving.decide("a", 4, 0.2) == Decision(True, 3)
+    halving.decide("b", 3, 0.3)
+    assert halving.decide("a", 5, 0.9) == Decision(False, 3, (0.3,), 0.3, "rung")
+
+
+def test_a_trial_that_skips_a_rung_is_never_held_to_it() -> None:
+    halving = asha()
+    halving.decide("a", 1, 0.9)
+
+    assert halving.decide("b", 4, 0.1) == Decision(True, 3)
+    assert halving.decide("b", 5, 0.1) == Decision(True, 3)
+    assert halving.decide("c", 1, 0.95).values == (0.9,)
+
+
+def test_once_means_that_nobody_is_compared_twice() -> None:
+    halving = asha(again=False)
+    halving.decide("a", 1, 0.1)
+    halving.decide("b", 1, 0.4)
+
     assert halving.decide("a", 2, 0.0) == Decision(True)
-    assert halving.decide("a", 3, 0.2) == Decision(True, 3)
 
 
 def test_low_values_are_the_better_ones_of_a_minimum() -> None:
@@ -85,12 +123,12 @@ def searches(draw: st.DrawFn) -> tuple[dict[str, int], str, list[tuple[str, int,
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 @settings(max_examples=300, deadline=None)
 @given(searches())
-def test_decisions_are_those_of_rays_scheduler(
+def test_decisions_made_once_are_those_of_rays_scheduler(
     search: tuple[dict[str, int], str, list[tuple[str, int, float]]],
 ) -> None:
     rules, mode, results = search
     theirs = ASHAScheduler(time_attr="epoch", metric="value", mode=mode, **rules)
-    ours = asha(mode=mode, **rules)
+    ours = asha(mode=mode, again=False, **rules)
     trials = {name: SimpleNamespace(trial_id=name) for name, _, _ in results}
     for trial in trials.values():
         theirs.on_trial_add(None, trial)
@@ -107,3 +145,24 @@ def test_decisions_are_those_of_rays_scheduler(
         assert decision.go_on == (expected == ASHAScheduler.CONTINUE)
         if not decision.go_on:
             over.add(name)
+
+
+@settings(max_examples=300, deadline=None)
+@given(searches())
+def test_the_best_at_the_highest_rung_is_never_stopped(
+    search: tuple[dict[str, int], str, list[tuple[str, int, float]]],
+) -> None:
+    rules, mode, results = search
+    halving, sign = asha(mode=mode, **rules), 1 if mode == "max" else -1
+    there: dict[int, dict[str, float]] = {rung: {} for rung in halving.rungs}
+    stopped: set[str] = set()
+    for name, epoch, value in results:
+        if name in stopped or epoch >= rules["max_t"] or epoch < rules["grace_period"]:
+            continue
+        there[max(rung for rung in there if rung <= epoch)].setdefault(name, value)
+        if not halving.decide(name, epoch, value).go_on:
+            stopped.add(name)
+        highest = max(rung for rung in there if there[rung])
+        values = [sign * each for each in there[highest].values() if not math.isnan(each)]
+        best = {each for each, its in there[highest].items() if values and sign * its == max(values)}
+        assert not best & stopped

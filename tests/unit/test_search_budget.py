@@ -108,7 +108,7 @@ def test_a_search_whose_budget_is_spent_stops_each_run_at_its_next_evaluation(fo
     driver = Driver("search.budget=6", "scale.threads=2")
     first, second = driver.begin(), driver.begin()
     clock.go_on(1)
-    assert driver.result(first, 1, 0.5)
+    assert driver.result(first, 1, 0.7)
     clock.go_on(0.5)  # 6 core-hours
 
     assert driver.course.is_spent
@@ -132,7 +132,7 @@ def test_a_search_whose_budget_is_spent_stops_each_run_at_its_next_evaluation(fo
         ("trial-00", False, "budget", 8.0),
     ]
     # It was compared all the same, and the rung knows of it.
-    assert (decisions[1]["rung"], decisions[1]["values"]) == (1, [0.5])
+    assert (decisions[1]["rung"], decisions[1]["values"]) == (1, [0.7])
 
 
 def test_what_is_worse_at_a_rung_is_pruned_though_the_budget_is_spent_too(clock: Clock) -> None:
@@ -163,7 +163,7 @@ def test_decisions_for_want_of_budget_follow_from_the_record_over_deaths_of_the_
     folder: Path, clock: Clock, seed: int
 ) -> None:
     order = random.Random(seed)
-    overrides = ("search.budget=4", "search.seeds_per_trial=2", "search.algorithm=optuna")
+    overrides = ("search.budget=4", "search.trials=12", "search.seeds_per_trial=2", "search.algorithm=optuna")
     heard = None
     for _ in range(3):
         with pytest.raises(KilledError):
@@ -340,7 +340,7 @@ def test_seeds_may_be_added_to_a_search_that_was_run_and_not_taken_away() -> Non
 def test_the_best_value_so_far_is_told_when_it_changes_and_all_of_it_to_the_next_driver() -> None:
     driver = Driver("search.trials=2", "search.seeds_per_trial=2")
     first, second = driver.begin(), driver.begin()
-    for run, epoch, value in ((first, 1, 0.2), (second, 1, 0.5), (first, 2, 0.3), (second, EPOCHS, 0.4)):
+    for run, epoch, value in ((first, 1, 0.2), (second, 1, 0.5), (second, 2, 0.3), (second, EPOCHS, 0.4)):
         driver.result(run, epoch, value)
     assert driver.bests == [(1, 0.2), (2, 0.5)]
     driver.course.complete(second)
@@ -412,7 +412,7 @@ def test_a_record_of_an_earlier_version_is_taken_up(folder: Path) -> None:
     driver.result(first, 1, 0.5)
     driver.result(second, 1, 0.1)
     driver.course.complete(second)
-    new = {"unit", "budget", "step", "where", "resources", "values", "reason", "spent", "last"}
+    new = {"unit", "budget", "step", "where", "resources", "values", "reason", "spent", "last", "again"}
     # Of a decision, `values` are old.
     kept = [
         {key: v for key, v in event.items() if key not in new or (key == "values" and event["event"] == "decision")}
@@ -423,4 +423,8 @@ def test_a_record_of_an_earlier_version_is_taken_up(folder: Path) -> None:
     again = Driver()
 
     assert [trial.outcome for trial in again.trials[:3]] == ["waiting", "pruned", "waiting"]
-    assert again.begin().name == "trial-00"
+    first, third = again.begin(), again.begin()
+    assert (first.name, third.name) == ("trial-00", "trial-02")
+    assert again.result(third, 1, 0.9)
+    # Those searches compared a trial once.
+    assert again.result(first, 2, 0.6)

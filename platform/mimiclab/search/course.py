@@ -313,7 +313,7 @@ class Course:
 def plan_event(plan: Plan, trials: Sequence[Trial]) -> Event:
     """A search and its trials as the event that begins a driver's part of the record."""
     config = plan.config
-    rules = {**config.model_dump(include={*RULES}), "max_t": plan.max_t}
+    rules = {**config.model_dump(include={*RULES}), "max_t": plan.max_t, "again": True}
     return {
         "event": "search",
         "experiment": resolved_yaml(plan.experiment.model_copy(update={"search": None})),

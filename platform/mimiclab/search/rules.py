@@ -14,7 +14,7 @@ from mimiclab.search.budget import Account
 
 Event = dict[str, Any]
 
-RULES = ("max_t", "grace_period", "reduction_factor", "mode", "unit")
+RULES = ("max_t", "grace_period", "reduction_factor", "mode", "unit", "again")
 """What decisions depend on besides results and the budget: keys of an event `search`."""
 
 
@@ -65,7 +65,8 @@ class Rules:
 
 def rungs_of(search: Event) -> Asha:
     """Empty rungs of the search that an event `search` tells of."""
-    return Asha(**{name: search[name] for name in RULES if name != "unit"})
+    # Records of earlier versions do not say: trials were compared once at each rung.
+    return Asha(**{name: search.get(name, False) for name in RULES if name != "unit"})
 
 
 def value_of(result: Event) -> float:
