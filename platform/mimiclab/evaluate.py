@@ -21,7 +21,7 @@ from mimiclab.data.transforms import resized_size
 from mimiclab.engine import evaluate_pass
 from mimiclab.latency import Latency
 from mimiclab.schema import DataConfig, EvalConfig, Scorer
-from mimiclab.scoring import Detections, Truth, check_scorer
+from mimiclab.scoring import Detections, Scored, Truth, check_scorer
 
 ANALYSED = ("student", "teacher")
 """The heads whose errors are told apart."""
@@ -55,7 +55,7 @@ def evaluate(
     world: int,
     between: Callable[[], object] = lambda: None,
 ) -> Evaluation | None:
-    """Detect on this rank's share of the images, gather once, score on rank 0.
+    """Detect on this rank's share of the images, gather once, score one head here and the next on the next rank.
 
     Every rank has to call it; all but rank 0 get None. `between` is called after every batch.
     """
@@ -66,9 +66,19 @@ def evaluate(
     if world > 1:
         shares = [None] * world
         dist.all_gather_object(shares, share)
+    detections = _gathered([part for part in shares if part is not None])
+    # Scoring holds all ranks up, for minutes of a processor core where there are many images.
+    own = _judge(dataset, {head: detections[head] for head in list(detections)[rank::world]}, config.scorer)
+    judged = {}
+    for number, head in enumerate(detections):
+        answer = [own.get(head)]
+        if world > 1:
+            dist.broadcast_object_list(answer, src=number % world)
+        assert answer[0] is not None
+        judged[head] = answer[0]
     if rank != 0:
         return None
-    evaluation = score(dataset, [part for part in shares if part is not None], config.scorer)
+    evaluation = _evaluation(detections, judged)
     return replace(evaluation, metrics={**evaluation.metrics, LATENCY: latency.milliseconds()})
 
 
@@ -119,13 +129,34 @@ def score(
     dataset: CocoDataset, shares: Sequence[Mapping[str, Detections]], scorer: Scorer = "pycocotools"
 ) -> Evaluation:
     """Metrics of each head from what the ranks detected; the same for any dealing of the images to ranks."""
-    detections = {
+    detections = _gathered(shares)
+    return _evaluation(detections, _judge(dataset, detections, scorer))
+
+
+def _gathered(shares: Sequence[Mapping[str, Detections]]) -> dict[str, Detections]:
+    return {
         head: _by_image(np.concatenate([share[head] for share in shares if head in share]))
         for head in dict.fromkeys(head for share in shares for head in share)
     }
+
+
+def _judge(
+    dataset: CocoDataset, detections: Mapping[str, Detections], scorer: Scorer
+) -> dict[str, tuple[Scored, Analysis | None]]:
+    """The score of each head, and an analysis of those of `ANALYSED`."""
+    if not detections:
+        return {}
     truth = Truth(dataset, scorer)
     scored = {head: truth.score(found) for head, found in detections.items()}
-    analyses = {head: analyse(dataset, detections[head], scored[head]) for head in ANALYSED if head in scored}
+    return {
+        head: (each, analyse(dataset, detections[head], each) if head in ANALYSED else None)
+        for head, each in scored.items()
+    }
+
+
+def _evaluation(detections: dict[str, Detections], judged: Mapping[str, tuple[Scored, Analysis | None]]) -> Evaluation:
+    scored = {head: each for head, (each, _) in judged.items()}
+    analyses = {head: analysis for head, (_, analysis) in judged.items() if analysis is not None}
     metrics = {f"{head}/{name}": value for head, each in scored.items() for name, value in each.metrics.items()}
     if "teacher" in scored:
         compared = scored.get("student_topk", scored["student"])
