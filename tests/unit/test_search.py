@@ -840,6 +840,13 @@ def test_optuna_is_an_extra(monkeypatch):
     )
 
 
+def test_a_scorer_that_is_not_there_is_named_before_a_trial_starts(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+
+    with pytest.raises(UserError, match=r"^eval\.scorer: faster-coco-eval is not installed; expected mimiclab\[fast-"):
+        search(load(PLAIN + SPACE, "eval.scorer=faster-coco-eval"), console=None)
+
+
 def test_trials_of_optuna_have_no_values_before_they_start():
     trials = plan(load(PLAIN + SPACE, "search.algorithm=optuna"))
 

@@ -27,6 +27,7 @@ from mimiclab.experiment import LoadedExperiment, flatten, identity, resolved_ya
 from mimiclab.lease import Lease
 from mimiclab.reaper import reap_beside
 from mimiclab.schema import Experiment, Workers
+from mimiclab.scoring import check_scorer
 from mimiclab.search.alone import needs_one_process
 from mimiclab.search.budget import unit
 from mimiclab.search.course import Course
@@ -89,6 +90,7 @@ def search(
     experiment, config = plan.experiment, plan.config
     if config.algorithm == "optuna":
         check_optuna()
+    check_scorer(experiment.eval.scorer)
     trials = plan.trials()
     tracking.check_tracking(experiment.where.tracking)
     uri = tracking.absolute_uri(experiment.where.tracking)
