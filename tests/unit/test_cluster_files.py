@@ -157,6 +157,7 @@ def test_a_job_gets_the_workers_of_the_standing_cluster() -> None:
     one, other = (cluster["workerGroupSpecs"][0] for cluster in CLUSTERS)
     assert one["template"] == other["template"]
     assert one["labels"] == other["labels"]
+    assert one["resources"] == other["resources"]
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS, ids=("raycluster", "rayjob"))
