@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
 from mimiclab.cluster.capacity import PREFIX, capacity
 from mimiclab.errors import UserError
@@ -61,16 +62,15 @@ def test_the_head_of_a_cloud_says_how_far_it_grows(cloud: str) -> None:
 def test_the_head_on_kubernetes_says_how_far_it_grows(file: str) -> None:
     spec = yaml.safe_load((FOLDER / "kuberay" / f"{file}.yaml").read_text())["spec"]
     spec = spec.get("rayClusterSpec", spec)
-    groups = []
-    for group in spec["workerGroupSpecs"]:
-        asked = group["template"]["spec"]["containers"][0]["resources"]["requests"]
-        groups.append(
-            (group["maxReplicas"], {"CPU": int(asked["cpu"]), "GPU": int(asked["nvidia.com/gpu"])}, group["labels"])
-        )
 
+    # What Ray's autoscaler makes of the file: it starts no pod for a resource that is not in there.
+    config = _derive_autoscaling_config_from_ray_cr({"metadata": {"name": "a", "namespace": "b"}, "spec": spec})
+
+    types = [each for name, each in config["available_node_types"].items() if name != config["head_node_type"]]
     found = {key: value for key, value in spec["headGroupSpec"]["labels"].items() if key.startswith(PREFIX)}
-
-    assert found == expected(groups, sum(most for most, _, _ in groups))
+    assert found == expected(
+        [(each["max_workers"], each["resources"], each["labels"]) for each in types], config["max_workers"]
+    )
 
 
 def labels(text: str) -> dict[str, str]:
@@ -81,7 +81,10 @@ def expected(types: list[tuple[int, dict[str, int], dict[str, str]]], max_nodes:
     """The labels of a head at whose side there are up to so many nodes of each type, and so many in all."""
     most: Counter[str] = Counter()
     for num, resources, node in types:
-        most[node["ray.io/accelerator-type"]] += min(num, max_nodes) * resources["GPU"]
+        # By the resource that workers ask for, which the label has to agree with.
+        [model] = [key.removeprefix("accelerator_type:") for key in resources if key.startswith("accelerator_type:")]
+        assert model == node["ray.io/accelerator-type"]
+        most[model] += min(num, max_nodes) * resources["GPU"]
     for kind in ("CPU", "GPU"):
         each = sorted((resources[kind] for num, resources, _ in types for _ in range(num)), reverse=True)
         most[kind] = sum(each[:max_nodes])

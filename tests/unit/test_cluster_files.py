@@ -76,6 +76,7 @@ def test_every_machine_of_aws_is_what_ec2_takes() -> None:
         assert not report.has_errors(), f"{name}: {report.generate_report()}"
         assert node["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
         assert node["node_config"]["BlockDeviceMappings"][0]["Ebs"]["Encrypted"]
+        assert node["node_config"]["ImageId"]  # Ray's own is too old for the image
     options = shape.members["InstanceMarketOptions"].members
     for node in spot_types(config).values():
         market = node["node_config"]["InstanceMarketOptions"]
@@ -88,24 +89,6 @@ def test_every_machine_of_aws_is_what_ec2_takes() -> None:
         assert market["SpotOptions"]["InstanceInterruptionBehavior"] == "terminate"
     assert ParamValidator().validate({"InstanceTyp": "g5.xlarge", "MinCount": 1, "MaxCount": 1}, shape).has_errors()
     assert len(config["provider"]["availability_zone"].split(",")) >= 3
-
-
-def test_every_machine_of_gcp_is_spot_where_it_says_so() -> None:
-    known = {"machineType", "disks", "scheduling", "guestAccelerators"}
-    config = cloud_file("gcp")
-    for node in config["available_node_types"].values():
-        assert node["node_config"].keys() <= known
-        [disk] = node["node_config"]["disks"]
-        assert disk["boot"]
-        assert disk["autoDelete"]
-    for node in spot_types(config).values():
-        [scheduling] = node["node_config"]["scheduling"]
-        assert scheduling == {
-            "provisioningModel": "SPOT",
-            "instanceTerminationAction": "DELETE",
-            "automaticRestart": False,
-            "onHostMaintenance": "TERMINATE",
-        }
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
@@ -174,6 +157,7 @@ def test_a_job_gets_the_workers_of_the_standing_cluster() -> None:
     one, other = (cluster["workerGroupSpecs"][0] for cluster in CLUSTERS)
     assert one["template"] == other["template"]
     assert one["labels"] == other["labels"]
+    assert one["resources"] == other["resources"]
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS, ids=("raycluster", "rayjob"))
@@ -210,4 +194,4 @@ def test_what_a_file_runs_of_this_project_can_be_run(path: Path) -> None:
     lists = re.findall(r"\[mimiclab, (spot-watch|train), ([^]]*)\]", path.read_text())
     for verb, arguments in [*shell, *((verb, text.replace(",", " ").replace('"', "")) for verb, text in lists)]:
         verbs[verb].make_context(verb, arguments.split())
-    assert shell or lists or path.name in ("Dockerfile", "mlflow.yaml")
+    assert shell or lists or path.name in ("Dockerfile", "mlflow.yaml", "network.yaml")
