@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mimicdet.config import is_published_name
 from mimiclab import runs
 from mimiclab.cluster import package
-from mimiclab.cluster.server import is_this_machine, resources
+from mimiclab.cluster.server import is_this_machine, nodes
 from mimiclab.errors import UserError
 from mimiclab.experiment import flatten
 from mimiclab.schema import PATH_KEYS, Experiment
@@ -97,7 +97,7 @@ def submit(client: JobSubmissionClient, task: Task, *, name: str | None, say: Ca
     name = default if name is None else check_name(name)
     check_versions(client)
     if task.verb in ("train", "search"):
-        check_resources(resources(client), experiment.scale)
+        check_resources(nodes(client), experiment.scale)
     job_id = next_id(name, task.run, list_jobs(client))
     root = runs.root_of(experiment)
     with tempfile.TemporaryDirectory() as folder:

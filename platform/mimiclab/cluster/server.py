@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from mimiclab.cluster import state
-from mimiclab.cluster.capacity import capacity
+from mimiclab.cluster.capacity import Node, capacity
 from mimiclab.cluster.state import LocalCluster
 from mimiclab.errors import UserError
 
@@ -62,13 +62,18 @@ def connect_local(cluster: LocalCluster) -> JobSubmissionClient:
         ) from error
 
 
-def resources(client: JobSubmissionClient) -> dict[str, float]:
-    """What the nodes of a cluster have in all, or will where it grows, as {"CPU": 8, ...}; see `capacity`."""
+def nodes(client: JobSubmissionClient) -> list[Node]:
+    """The nodes of a cluster that are alive."""
     from ray.util.state import list_nodes
 
     # Not filtered by Ray: what its filter leaves out of some nodes it takes for answers that were cut off, and raises.
-    nodes = list_nodes(client.get_address(), limit=10_000)
-    return capacity((node.resources_total, node.labels) for node in nodes if node.state == "ALIVE")
+    found = list_nodes(client.get_address(), limit=10_000)
+    return [(node.resources_total, node.labels) for node in found if node.state == "ALIVE"]
+
+
+def resources(client: JobSubmissionClient) -> dict[str, float]:
+    """What the nodes of a cluster have in all, or will where it grows, as {"CPU": 8, ...}; see `capacity`."""
+    return capacity(nodes(client))
 
 
 def is_this_machine(client: JobSubmissionClient) -> bool:
