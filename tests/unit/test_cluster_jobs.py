@@ -152,3 +152,22 @@ def test_another_python_or_ray_is_refused():
 def test_a_name_that_could_be_something_else_is_refused(name):
     with pytest.raises(UserError, match="--name: expected"):
         jobs.check_name(name)
+
+
+def test_a_cluster_elsewhere_is_given_no_relative_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text(
+        "name: small\ndata: {train: {packed: 's3://bucket/train'}, val: {packed: val}}\n"
+        "model: {backbone: {weights: IMAGENET1K_V1}}\nwhere: {storage: 's3://bucket/runs'}\n"
+    )
+    task = Task("train", load_experiment("x.yaml").experiment)
+
+    with pytest.raises(UserError) as caught:
+        jobs.submit(Server("3.11.7", "2.60.0"), task, name=None, say=pytest.fail)
+
+    assert str(caught.value) == (
+        "data.val.packed: val, where.tracking: sqlite:///mlflow.db: relative to a folder of this machine, and the "
+        "cluster at http://cluster:8265 is on others; expected absolute paths, on a disk that its nodes share, or URIs"
+    )
+    absolute = load_experiment("x.yaml", ["where.tracking=http://mlflow:5000", f"data.val.packed={tmp_path}/val"])
+    assert jobs.relative_paths(absolute.experiment) == {}

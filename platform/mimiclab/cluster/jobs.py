@@ -1,7 +1,7 @@
 """Jobs: a verb that runs on a cluster, with the code and the experiment that were submitted.
 
-A job runs in the folder that it was submitted from, on a disk that the nodes share. So a relative path means what
-it means to `mimiclab train` at the same place, and both go on with the same run.
+On this machine a job runs in the folder that it was submitted from. So a relative path means what it means to
+`mimiclab train` at the same place, and both go on with the same run. A cluster elsewhere is given no relative paths.
 """
 
 from __future__ import annotations
@@ -89,10 +89,13 @@ def submit(client: JobSubmissionClient, task: Task, *, name: str | None, say: Ca
         say: gets a line for the user.
 
     Raises:
-        UserError: before anything is uploaded: the cluster is too small or has other versions, the name is in use,
-            the package is too large.
+        UserError: before anything is uploaded: the cluster is too small or has other versions, it is elsewhere and a
+            path is relative, the name is in use, the package is too large.
     """
     experiment = task.experiment
+    here = is_this_machine(client)
+    if not here:
+        _refuse_relative_paths(experiment, client.get_address())
     default = experiment.name if task.verb == "train" else f"{task.verb}-{experiment.name}"[:100]
     name = default if name is None else check_name(name)
     check_versions(client)
@@ -104,7 +107,7 @@ def submit(client: JobSubmissionClient, task: Task, *, name: str | None, say: Ca
         say(f"uploading {package.stage(experiment, Path(folder))}")
         kept = package.keep(Path(folder), root)
         # On another machine, its image says which Python.
-        python = sys.executable if is_this_machine(client) else "python"
+        python = sys.executable if here else "python"
         metadata = {"job_name": name, "run": task.run, "root": root.uri, "package": kept}
         _submit(client, job_id, Path(folder), entrypoint(task, python=python), metadata)
     say(f"submitted as job {job_id} to {client.get_address()}")
@@ -215,7 +218,7 @@ def entrypoint(task: Task, *, python: str) -> str:
         command += [task.experiment.name, "--storage", task.experiment.where.storage]
     joined = shlex.join(command)
     file = "" if task.verb == "evaluate" else package.EXPERIMENT
-    if _has_relative_paths(task.experiment):
+    if relative_paths(task.experiment):
         return f"cd {shlex.quote(str(Path.cwd()))} && exec {joined}" + (f' "$OLDPWD/{file}"' if file else "")
     return f"exec {joined} {file}".rstrip()
 
@@ -314,7 +317,20 @@ def _job(details: Any) -> Job:
     )
 
 
-def _has_relative_paths(experiment: Experiment) -> bool:
+def relative_paths(experiment: Experiment) -> dict[str, str]:
+    """The paths of an experiment that mean a place below the folder it is used in, by their keys."""
     values = flatten(experiment)
-    paths = (str(values[key]).removeprefix("sqlite:///") for key in PATH_KEYS if values.get(key) is not None)
-    return any("://" not in path and not Path(path).is_absolute() and not is_published_name(path) for path in paths)
+    paths = {key: str(values[key]) for key in PATH_KEYS if values.get(key) is not None}
+    return {key: path for key, path in paths.items() if _is_relative(path.removeprefix("sqlite:///"))}
+
+
+def _is_relative(path: str) -> bool:
+    return "://" not in path and not Path(path).is_absolute() and not is_published_name(path)
+
+
+def _refuse_relative_paths(experiment: Experiment, address: str) -> None:
+    if found := relative_paths(experiment):
+        raise UserError(
+            f"{', '.join(f'{key}: {path}' for key, path in found.items())}: relative to a folder of this machine, and "
+            f"the cluster at {address} is on others; expected absolute paths, on a disk that its nodes share, or URIs"
+        )
