@@ -285,6 +285,21 @@ def stop(client: JobSubmissionClient, job_id: str) -> Job:
     return _wait_for_end(client, job)
 
 
+def stop_all(client: JobSubmissionClient, say: Callable[[str], object]) -> None:
+    """Stop every job that has not ended, all at a time, and wait for those that the cluster agreed to stop."""
+    stopping: set[str] = set()
+    for job in list_jobs(client):
+        if not job.is_over:
+            say(f"stopping job {job.id}")
+            try:
+                client.stop_job(job.id)
+                stopping.add(job.id)
+            except (OSError, RuntimeError) as error:
+                say(f"job {job.id} cannot be stopped: {error}")
+    while any(job.id in stopping and not job.is_over for job in list_jobs(client)):
+        time.sleep(_POLL_S)
+
+
 def table(jobs: Sequence[Job]) -> str:
     """Jobs for people, a line each."""
     rows = [("JOB", "STATUS", "STARTED", "DURATION", "MESSAGE")]
