@@ -74,9 +74,9 @@ def run_entrypoint(tmp_path, monkeypatch, python):
     monkeypatch.chdir(here)
     Path("x.yaml").write_text("name: small\ndata: {scenes: {root: /data}}\nwhere: {storage: /runs}\n")
 
-    def run(*overrides, verb="train", options=()):
+    def run(*overrides, verb="train", options=(), compare=False):
         experiment = load_experiment("x.yaml", overrides).experiment
-        command = jobs.entrypoint(Task(verb, experiment, options), python=str(python))
+        command = jobs.entrypoint(Task(verb, experiment, options), python=str(python), compare=compare)
         out = subprocess.check_output(command, shell=True, cwd=package, text=True)
         return [line.replace(str(tmp_path), "") for line in out.splitlines()]
 
@@ -119,6 +119,16 @@ def test_an_evaluation_is_of_the_run(run_entrypoint):
 
     assert done == ["/package", "-P", "-m", "mimiclab", "evaluate", "small", "--storage", "/runs"]
     assert near == ["/it's here", "-P", "-m", "mimiclab", "evaluate", "small", "--storage", "./my runs"]
+
+
+def test_another_environment_is_looked_at_first(run_entrypoint):
+    look = ["/package", "-P", "-m", "mimiclab.cluster.versions", "versions.json"]
+
+    done = run_entrypoint("where.tracking=http://mlflow:5000", compare=True)
+    near = run_entrypoint("where.tracking=sqlite:///mlflow.db", compare=True)
+
+    assert done == [*look, "/package", *TRAIN, "experiment.yaml"]
+    assert near == [*look, "/it's here", *TRAIN, "/package/experiment.yaml"]
 
 
 class Server:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mimicdet.config import is_published_name
 from mimiclab import runs
-from mimiclab.cluster import package
+from mimiclab.cluster import package, versions
 from mimiclab.cluster.server import is_this_machine, nodes
 from mimiclab.errors import UserError
 from mimiclab.experiment import flatten
@@ -106,10 +106,10 @@ def submit(client: JobSubmissionClient, task: Task, *, name: str | None, say: Ca
     with tempfile.TemporaryDirectory() as folder:
         say(f"uploading {package.stage(experiment, Path(folder))}")
         kept = package.keep(Path(folder), root)
-        # On another machine, its image says which Python.
-        python = sys.executable if here else "python"
+        # On another machine, its image says which Python, and what comes with it.
+        command = entrypoint(task, python=sys.executable) if here else entrypoint(task, python="python", compare=True)
         metadata = {"job_name": name, "run": task.run, "root": root.uri, "package": kept}
-        _submit(client, job_id, Path(folder), entrypoint(task, python=python), metadata)
+        _submit(client, job_id, Path(folder), command, metadata)
     say(f"submitted as job {job_id} to {client.get_address()}")
     return job_id
 
@@ -210,17 +210,25 @@ def next_id(name: str, run: str, jobs: Sequence[Job]) -> str:
     return job_id
 
 
-def entrypoint(task: Task, *, python: str) -> str:
-    """The shell command of a job, to be run in the folder of its package."""
+def entrypoint(task: Task, *, python: str, compare: bool = False) -> str:
+    """The shell command of a job, to be run in the folder of its package.
+
+    Args:
+        task: what is to be done.
+        python: the program that does it.
+        compare: it ends at once where it lacks a package that this environment has.
+    """
     # -P: the folder that the job runs in is not searched for modules, only the package is.
-    command = [python, "-P", "-m", "mimiclab", task.verb, *task.options]
+    module = [python, "-P", "-m"]
+    command = [*module, "mimiclab", task.verb, *task.options]
     if task.verb == "evaluate":  # of a run, which says itself what it is an experiment of
         command += [task.experiment.name, "--storage", task.experiment.where.storage]
     joined = shlex.join(command)
     file = "" if task.verb == "evaluate" else package.EXPERIMENT
+    first = f"{shlex.join([*module, versions.__name__, versions.FILE])} && " if compare else ""
     if relative_paths(task.experiment):
-        return f"cd {shlex.quote(str(Path.cwd()))} && exec {joined}" + (f' "$OLDPWD/{file}"' if file else "")
-    return f"exec {joined} {file}".rstrip()
+        return f"{first}cd {shlex.quote(str(Path.cwd()))} && exec {joined}" + (f' "$OLDPWD/{file}"' if file else "")
+    return f"{first}exec {joined} {file}".rstrip()
 
 
 def list_jobs(client: JobSubmissionClient) -> list[Job]:
