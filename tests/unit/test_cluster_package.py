@@ -151,9 +151,9 @@ def test_code_has_one_hash_wherever_it_lies(experiment, stage, tmp_path):
     [
         ({}, 0, ""),
         (
-            {"torch": "1.0", "typer": "0.1"},
+            {"rich": "1.0", "typer": "0.1"},
             0,
-            f"warning: other versions here than where this was submitted: torch {version('torch')}, not 1.0; "
+            f"warning: other versions here than where this was submitted: rich {version('rich')}, not 1.0; "
             f"typer {version('typer')}, not 0.1\n",
         ),
         (
