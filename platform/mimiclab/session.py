@@ -8,6 +8,7 @@ import signal
 import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from mimiclab.cluster import capacity
 from mimiclab.cluster.capacity import Node
@@ -121,6 +122,17 @@ def resources_per_worker(scale: ScaleConfig) -> dict[str, float]:
         # A node with such a GPU offers 1 of it, and Ray has each worker ask for so little of that.
         asked[f"accelerator_type:{scale.accelerator_type}"] = 0.001
     return asked
+
+
+def task_options(scale: ScaleConfig) -> dict[str, Any]:
+    """Ray's options of a task that has one worker's place: what it asks for, on a node where workers may be."""
+    each = resources_per_worker(scale)
+    return {
+        "num_cpus": each.pop("CPU"),
+        "num_gpus": each.pop("GPU", 0),
+        "resources": each or None,
+        "label_selector": scale.label_selector or None,
+    }
 
 
 def check_resources(nodes: Sequence[Node], scale: ScaleConfig) -> None:
