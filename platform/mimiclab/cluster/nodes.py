@@ -167,9 +167,10 @@ class Nodes:
         Raises:
             RuntimeError: it ended, or Ray does not know it within three minutes; with the end of its output.
         """
+        from ray.exceptions import RpcError
 
         def known() -> Node | None:
-            with contextlib.suppress(KeyError):
+            with contextlib.suppress(KeyError, OSError, RpcError):  # a head that starts, on a busy machine
                 return self.get(name)
             return None
 
