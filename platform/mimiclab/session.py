@@ -6,9 +6,12 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from mimiclab.cluster import capacity
+from mimiclab.cluster.capacity import Node
 from mimiclab.cluster.state import running_at
 from mimiclab.errors import UserError
 from mimiclab.schema import ScaleConfig
@@ -34,6 +37,8 @@ _SAID_ALREADY = "A worker died or was killed|has been marked dead because"
 """What Ray prints of dead workers and nodes, in paragraphs, whatever `log_to_driver` is; a run says it in a line."""
 
 _CONNECT_TIMEOUT_S = 5.0
+# Of nodes that differ; a cluster may have hundreds.
+_MAX_LISTED = 10
 
 
 @contextlib.contextmanager
@@ -77,7 +82,7 @@ def ray_session(address: str | None, scale: ScaleConfig, *, verbose: bool, state
                 f"--address {address}: no Ray cluster answers there ({error}); expected HOST:PORT of a head node"
             ) from error
     try:
-        check_resources(capacity.connected(), scale)
+        check_resources(capacity.connected_nodes(), scale)
         with _sigterm_as_ctrl_c() if owned else contextlib.nullcontext():
             yield
     finally:
@@ -119,17 +124,59 @@ def resources_per_worker(scale: ScaleConfig) -> dict[str, float]:
     return asked
 
 
-def check_resources(found: dict[str, float], scale: ScaleConfig) -> None:
-    """Make sure that a cluster of these resources can ever hold `scale`.
+def task_options(scale: ScaleConfig) -> dict[str, Any]:
+    """Ray's options of a task that has one worker's place: what it asks for, on a node where workers may be."""
+    each = resources_per_worker(scale)
+    return {
+        "num_cpus": each.pop("CPU"),
+        "num_gpus": each.pop("GPU", 0),
+        "resources": each or None,
+        "label_selector": scale.label_selector or None,
+    }
+
+
+def check_resources(nodes: Sequence[Node], scale: ScaleConfig) -> None:
+    """Make sure that a cluster of these nodes can ever hold `scale`.
+
+    Where machines are started as they are needed, only the sums are known.
 
     Raises:
         UserError: it cannot; the message names what lacks.
     """
-    for kind, each in resources_per_worker(scale).items():
-        if scale.workers.min * each > found.get(kind, 0):
+    each, found = resources_per_worker(scale), capacity.capacity(nodes)
+    for kind, amount in each.items():
+        if scale.workers.min * amount > found.get(kind, 0):
             raise UserError(
-                f"scale: {scale.workers.min} workers of {each:g} {kind} each need {scale.workers.min * each:g}, found "
-                f"{found.get(kind, 0):g} in the cluster; expected fewer workers"
+                f"scale: {scale.workers.min} workers of {amount:g} {kind} each need {scale.workers.min * amount:g}, "
+                f"found {found.get(kind, 0):g} in the cluster; expected fewer workers"
                 + (", fewer threads" if kind == "CPU" else "")
                 + " or a larger cluster"
             )
+    if not capacity.grows(nodes):
+        _check_placement(nodes, each, scale)
+
+
+def _check_placement(nodes: Sequence[Node], each: Mapping[str, float], scale: ScaleConfig) -> None:
+    """Make sure that the nodes that are there hold the workers: each takes all that it asks for from one node."""
+    wanted = scale.label_selector
+    chosen = capacity.labelled(nodes, wanted) if wanted else nodes
+    if not chosen:
+        there = sorted({f"{key}: {labels.get(key, 'none')}" for key in wanted for _, labels in nodes})
+        raise UserError(
+            f"scale.label_selector: no node of the cluster has {', '.join(f'{k}: {v}' for k, v in wanted.items())}; "
+            f"found {', '.join(there[:_MAX_LISTED])}; expected labels that its nodes have"
+        )
+    room = capacity.room(chosen, each)
+    num = {"STRICT_PACK": max(room), "STRICT_SPREAD": sum(map(bool, room))}.get(scale.placement, sum(room))
+    if num < scale.workers.min:
+        offers = Counter(_spoken({kind: offer.get(kind, 0) for kind in each}) for offer, _ in chosen)
+        listed = ", ".join(f"{count} with {offer}" for offer, count in offers.most_common(_MAX_LISTED))
+        raise UserError(
+            f"scale: {scale.workers.min} workers of {_spoken(each)} each, placed by {scale.placement}, found room for "
+            f"{num} of them in the cluster: nodes that may take them are {listed}; expected fewer workers, fewer "
+            "threads or larger nodes"
+        )
+
+
+def _spoken(resources: Mapping[str, float]) -> str:
+    return " and ".join(f"{amount:g} {kind}" for kind, amount in resources.items())

@@ -11,12 +11,13 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
+import torch
 from rich.console import Console
 
 from mimiclab.checkpoint import WEIGHTS
 from mimiclab.errors import UserError
 from mimiclab.runs import PICTURES, Run
-from mimiclab.schema import Experiment
+from mimiclab.schema import Experiment, Workers
 from mimiclab.storage import Storage
 from mimiclab.tables import heads_table
 
@@ -45,7 +46,15 @@ def show_result(run: Run, experiment: Experiment, console: Console) -> None:
         console.print(f"{name + ':':10}{where}", highlight=False)
 
 
-def evaluate_run(run: Run, console: Console, data: str | None = None, images: Path | None = None) -> None:
+def evaluate_run(
+    run: Run,
+    console: Console,
+    data: str | None = None,
+    images: Path | None = None,
+    *,
+    address: str | None = None,
+    verbose: bool = False,
+) -> None:
     """Score a run's best weights and print the table.
 
     Args:
@@ -53,13 +62,13 @@ def evaluate_run(run: Run, console: Console, data: str | None = None, images: Pa
         console: gets the table.
         data: annotation file, or folder or URI of a packed data set; by default the run's validation set.
         images: folder of the images of an annotation file.
+        address: of the head of a Ray cluster, where it is scored in the place of one of the run's workers; by default
+            in this process.
+        verbose: let Ray talk.
 
     Raises:
-        UserError: the data cannot be read, has no object, or has other classes than the run.
+        UserError: the data cannot be read, has no object, or has other classes than the run; or see `ray_session`.
     """
-    from mimiclab.evaluate import evaluate
-    from mimiclab.predict import load_detector
-
     experiment = run.located()
     dataset = _read_data(experiment, data, images)
     if dataset.classes != run.classes:
@@ -68,10 +77,39 @@ def evaluate_run(run: Run, console: Console, data: str | None = None, images: Pa
             f"expected those that run {run.name} was trained for: {list(run.classes)}"
         )
     console.print(f"evaluating {len(dataset.images)} images of {dataset.origin}", highlight=False)
-    detector = load_detector(run, experiment)
+    if address is None:
+        metrics = _score(run, dataset, gpu=torch.cuda.is_available())
+    else:
+        from mimiclab.cluster.tasks import as_worker
+        from mimiclab.session import ray_session
+
+        scale = experiment.scale.model_copy(update={"workers": Workers(min=1, max=1)})
+        with ray_session(address, scale, verbose=verbose):
+            metrics = as_worker(_score_on_node, run, *_absolute(data, images), scale=scale)
+    console.print(heads_table(metrics, f"{run.name}, step {run.best().step}"))
+
+
+def _absolute(data: str | None, images: Path | None) -> tuple[str | None, Path | None]:
+    """The same on a node, where another folder is the current one."""
+    where = data if data is None or "://" in data else str(Path(data).absolute())
+    return where, images and images.absolute()
+
+
+def _score_on_node(run: Run, data: str | None, images: Path | None) -> dict[str, float]:
+    experiment = run.located()
+    torch.set_num_threads(experiment.scale.threads)
+    return _score(run, _read_data(experiment, data, images), gpu=experiment.scale.gpu)
+
+
+def _score(run: Run, dataset: CocoDataset, *, gpu: bool) -> dict[str, float]:
+    from mimiclab.evaluate import evaluate
+    from mimiclab.predict import load_detector
+
+    experiment = run.located()
+    detector = load_detector(run, experiment).to("cuda" if gpu else "cpu")
     result = evaluate(detector, dataset, experiment.data, experiment.eval, rank=0, world=1)
     assert result is not None  # rank 0's
-    console.print(heads_table(result.metrics, f"{run.name}, step {run.best().step}"))
+    return result.metrics
 
 
 def _read_data(experiment: Experiment, data: str | None, images: Path | None) -> CocoDataset:

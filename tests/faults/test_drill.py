@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 EVENTS = "kill-worker@8,kill-node@16,drain@22:8s"
 NUM_STEPS = 80
 OVERRIDES = ("optim.epochs=17", "eval.every_epochs=6", "checkpoint.every_steps=10")
+SET = [word for override in OVERRIDES for word in ("--set", override)]
 EVERY_STEPS = 10
 
 
@@ -44,10 +45,13 @@ def loaded(root: Path) -> LoadedExperiment:
 
 def start(root: Path, *args: str) -> "subprocess.Popen[str]":
     """The command, in a session of its own."""
-    overrides = [word for override in OVERRIDES for word in ("--set", override)]
+    return mimiclab(root, "drill", "tiny.yaml", *args, *SET)
+
+
+def mimiclab(root: Path, *args: str) -> "subprocess.Popen[str]":
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return subprocess.Popen(
-        [sys.executable, "-m", "mimiclab", "drill", "tiny.yaml", *args, *overrides],
+        [sys.executable, "-m", "mimiclab", *args],
         cwd=root,
         env={**environment, "XDG_STATE_HOME": str(root / "state"), "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
@@ -185,3 +189,29 @@ def test_a_drill_that_is_stopped_takes_everything_with_it(tmp_path: Path, how: s
     assert left_over(tmp_path, output) == []
     run = runs.find("tiny-undisturbed", str(tmp_path / "runs"))
     assert run.status == "killed"
+
+
+@pytest.mark.long
+def test_a_drill_is_a_job_as_well(tmp_path: Path) -> None:
+    """Its own cluster is not the one that the job was submitted to, which alone has the job's package."""
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("ROOT", str(tmp_path)))
+
+    def run(*args: str) -> str:
+        process = mimiclab(tmp_path, *args)
+        try:
+            output, _ = process.communicate(timeout=1200)
+        finally:
+            process.kill()
+        assert process.returncode == 0, output
+        return output
+
+    try:
+        run("cluster", "up", "--num-cpus", "0")
+        output = run("submit", "drill", "tiny.yaml", "--events", "kill-worker@3", "--follow", "--set", "optim.epochs=2")
+    finally:
+        run("cluster", "down")
+
+    assert "undisturbed | training from the start to step 10 on 2 workers" in output
+    assert "! kill-worker@3: at step " in output
+    assert "holds   weights: the same bits" in output
+    assert left_over(tmp_path, output) == []

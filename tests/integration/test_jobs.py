@@ -1,10 +1,12 @@
 """Jobs, as a person at a shell meets them: a cluster of this machine's own, and every verb a process."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -63,6 +65,23 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
+def tasks(job_server: str) -> list[str]:
+    """The names of the tasks that a cluster has run, as far as it has heard of them: within a second or two."""
+    token = (Path.home() / ".ray" / "auth_token").read_text().strip()
+    url = f"{job_server}/api/v0/tasks?limit=10000"
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        found = json.load(answer)["data"]["result"]["result"]
+    return [task["name"].rpartition(".")[2] for task in found]
+
+
+def scored(output: str) -> list[str]:
+    """What an evaluation prints."""
+    lines = output.splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith("evaluating "))
+    return [line for line in lines[start:] if not line.startswith("job ")]
+
+
 def newest_step(run: Path) -> int:
     return max((int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*")), default=0)
 
@@ -94,6 +113,15 @@ def test_a_training_goes_through_a_cluster(folder: Path) -> None:
         code, output = mimiclab(*again)
         assert code == 0, output
         assert "complete already" in output
+
+    # It is scored where a worker would be, as it is here.
+    code, output = mimiclab("submit", "evaluate", "tiny.yaml", "--follow")
+    assert code == 0, output
+    wait_until(lambda: "_score_on_node" in tasks(cluster.job_server))
+    code, here = mimiclab("evaluate", "tiny")
+    assert code == 0, here
+    assert scored(output) == scored(here)
+    assert tasks(cluster.job_server).count("_score_on_node") == 1
 
     # What the job finds wrong reaches whoever follows it.
     bad = submit("--follow", "--set", "name=bad", "--set", "where.tracking=sqlite:////no/such/folder/mlflow.db")
@@ -140,6 +168,7 @@ def test_a_training_goes_through_a_cluster(folder: Path) -> None:
     assert [line.split()[:2] for line in output.splitlines()[1:]] == [
         ["long", "STOPPED"],
         ["bad", "FAILED"],
+        ["evaluate-tiny", "SUCCEEDED"],
         ["tiny-2", "SUCCEEDED"],
         ["tiny", "SUCCEEDED"],
     ]

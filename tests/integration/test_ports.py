@@ -29,6 +29,7 @@ from tinyruns import TINY
 
 from mimiclab.cluster import local, state
 from mimiclab.cluster.nodes import HEAD, Nodes, spawn, tree
+from mimiclab.cluster.server import is_served_here
 from mimiclab.cluster.state import LocalCluster
 from mimiclab.tracking import runs as tracking
 
@@ -259,5 +260,9 @@ def test_a_head_of_a_cloud_listens_where_the_table_says(settings: None) -> None:
         }
         shown = {each.process for each in beyond if shows_pages(each)}
         assert shown == {what for what in expected if "numbers" in rows[what]["protected by"]}
+        # Nobody remembers this head. That it is here shows all the same, and not at the near end of a tunnel.
+        assert is_served_here(cluster.job_server)
+        with socket.create_server(("127.0.0.1", 0)) as tunnel:
+            assert not is_served_here(f"http://127.0.0.1:{tunnel.getsockname()[1]}")
     finally:
         local.end(cluster)

@@ -32,12 +32,12 @@ def test_one_that_grows_gives_what_its_head_says_and_what_is_there_anyway() -> N
 
 
 def test_a_run_may_be_as_large_as_the_cluster_can_become() -> None:
-    check_resources(capacity([GROWING]), ScaleConfig(workers=3, gpu=True))
-    check_resources(capacity([GROWING]), ScaleConfig(workers=2, gpu=True, accelerator_type="L4"))
+    check_resources([GROWING], ScaleConfig(workers=3, gpu=True))
+    check_resources([GROWING], ScaleConfig(workers=2, gpu=True, accelerator_type="L4"))
     with pytest.raises(UserError, match="4 workers of 1 GPU each need 4, found 3 in the cluster"):
-        check_resources(capacity([GROWING]), ScaleConfig(workers=4, gpu=True))
+        check_resources([GROWING], ScaleConfig(workers=4, gpu=True))
     with pytest.raises(UserError, match=r"accelerator_type:A10G each need 0\.001, found 0 in the cluster"):
-        check_resources(capacity([GROWING]), ScaleConfig(gpu=True, accelerator_type="A10G"))
+        check_resources([GROWING], ScaleConfig(gpu=True, accelerator_type="A10G"))
 
 
 @pytest.mark.parametrize("value", ["many", "-1", "1.5", ""])

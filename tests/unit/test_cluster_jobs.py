@@ -74,9 +74,9 @@ def run_entrypoint(tmp_path, monkeypatch, python):
     monkeypatch.chdir(here)
     Path("x.yaml").write_text("name: small\ndata: {scenes: {root: /data}}\nwhere: {storage: /runs}\n")
 
-    def run(*overrides, verb="train", options=()):
+    def run(*overrides, verb="train", options=(), compare=False):
         experiment = load_experiment("x.yaml", overrides).experiment
-        command = jobs.entrypoint(Task(verb, experiment, options), python=str(python))
+        command = jobs.entrypoint(Task(verb, experiment, options), python=str(python), compare=compare)
         out = subprocess.check_output(command, shell=True, cwd=package, text=True)
         return [line.replace(str(tmp_path), "") for line in out.splitlines()]
 
@@ -121,6 +121,16 @@ def test_an_evaluation_is_of_the_run(run_entrypoint):
     assert near == ["/it's here", "-P", "-m", "mimiclab", "evaluate", "small", "--storage", "./my runs"]
 
 
+def test_another_environment_is_looked_at_first(run_entrypoint):
+    look = ["/package", "-P", "-m", "mimiclab.cluster.versions", "versions.json"]
+
+    done = run_entrypoint("where.tracking=http://mlflow:5000", compare=True)
+    near = run_entrypoint("where.tracking=sqlite:///mlflow.db", compare=True)
+
+    assert done == [*look, "/package", *TRAIN, "experiment.yaml"]
+    assert near == [*look, "/it's here", *TRAIN, "/package/experiment.yaml"]
+
+
 class Server:
     """The part of a job server that says what it runs."""
 
@@ -152,3 +162,22 @@ def test_another_python_or_ray_is_refused():
 def test_a_name_that_could_be_something_else_is_refused(name):
     with pytest.raises(UserError, match="--name: expected"):
         jobs.check_name(name)
+
+
+def test_a_cluster_elsewhere_is_given_no_relative_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text(
+        "name: small\ndata: {train: {packed: 's3://bucket/train'}, val: {packed: val}}\n"
+        "model: {backbone: {weights: IMAGENET1K_V1}}\nwhere: {storage: 's3://bucket/runs'}\n"
+    )
+    task = Task("train", load_experiment("x.yaml").experiment)
+
+    with pytest.raises(UserError) as caught:
+        jobs.submit(Server("3.11.7", "2.60.0"), task, name=None, say=pytest.fail)
+
+    assert str(caught.value) == (
+        "data.val.packed: val, where.tracking: sqlite:///mlflow.db: relative to a folder of this machine, and the "
+        "cluster at http://cluster:8265 is on others; expected absolute paths, on a disk that its nodes share, or URIs"
+    )
+    absolute = load_experiment("x.yaml", ["where.tracking=http://mlflow:5000", f"data.val.packed={tmp_path}/val"])
+    assert jobs.relative_paths(absolute.experiment) == {}

@@ -1,6 +1,9 @@
 import contextlib
 import dataclasses
+import http.server
+import json
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -58,9 +61,87 @@ def test_down_ends_what_was_started_and_forgets_it(cluster, family, tmp_path):
     assert local.down(said.append)
 
     assert not any(map(state.is_alive, family))
-    assert said == [f"ended 2 processes and removed {tmp_path / 'ray'}"]
+    assert said[0].startswith(
+        "jobs end with the cluster, not in good order: the cluster of this machine does not answer"
+    )
+    assert said[1:] == [f"ended 2 processes and removed {tmp_path / 'ray'}"]
     assert state.remembered() is None
     assert not (tmp_path / "ray").exists()
+
+
+@pytest.fixture
+def job_server():
+    """Starts a job server that answers each path with a status and a body, others with 500; None never answers."""
+    with contextlib.ExitStack() as stack:
+        silence = threading.Event()
+        stack.callback(silence.set)
+
+        def start(answers):
+            class Handler(http.server.BaseHTTPRequestHandler):
+                def do_GET(self):
+                    answer = answers.get(self.path, "no such thing")
+                    if answer is None:
+                        silence.wait()
+                    self.send_response(500 if isinstance(answer, str) else 200)
+                    self.end_headers()
+                    self.wfile.write(json.dumps(answer).encode())
+
+                def do_POST(self):
+                    self.do_GET()
+
+                def log_message(self, *_):
+                    pass
+
+            web = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+            web.daemon_threads = True
+            threading.Thread(target=web.serve_forever, daemon=True).start()
+            stack.callback(web.shutdown)
+            return f"http://127.0.0.1:{web.server_port}"
+
+        yield start
+
+
+VERSION = {"/api/version": {"version": "4", "ray_version": "2.60.0", "ray_commit": "", "session_name": ""}}
+
+
+def job(name, status="RUNNING"):
+    return {"type": "SUBMISSION", "submission_id": name, "status": status, "entrypoint": "true"}
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ({}, ["does not answer at"]),
+        (VERSION, ["not in good order: Request failed with status code 500"]),
+        ({**VERSION, "/api/jobs/": {"jobs": []}}, ["not in good order: "]),
+        (
+            {**VERSION, "/api/jobs/": [job("a"), job("b"), job("c", "FAILED")], "/api/jobs/b/stop": {"stopped": True}},
+            [
+                "stopping job b",
+                "stopping job a",
+                "job a cannot be stopped: Request failed with status code 500",
+                "not all have ended",
+            ],
+        ),
+        ({**VERSION, "/api/jobs/": None}, ["not all have ended after 3 s"]),
+    ],
+    ids=["nothing", "no list", "another list", "one stop", "silence"],
+)
+def test_down_ends_a_cluster_whose_job_server_does_not_answer_as_it_should(
+    cluster, family, job_server, monkeypatch, answers, said
+):
+    monkeypatch.setattr(local, "_JOBS_TIMEOUT_S", 3.0)
+    dataclasses.replace(cluster, job_server=job_server(answers)).write()
+    lines = []
+
+    assert local.down(lines.append)
+
+    assert not any(map(state.is_alive, family))
+    assert state.remembered() is None
+    *lines, last = lines
+    assert last.startswith("ended 2 processes")
+    assert len(lines) == len(said)
+    assert all(any(words in line for line in lines) for words in said), lines
 
 
 def test_down_leaves_a_process_alone_that_was_given_the_same_number(cluster, family):

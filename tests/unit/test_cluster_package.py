@@ -1,6 +1,8 @@
+import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -39,7 +41,10 @@ def test_the_package_is_the_code_and_the_experiment(experiment, stage):
 
     files = files_in(stage)
     assert {"mimicdet/detector.py", "mimiclab/cli.py", "mimiclab/data/coco.py", "experiment.yaml"} <= files
-    assert {file for file in files if not file.startswith(("mimicdet/", "mimiclab/"))} == {"experiment.yaml"}
+    assert {file for file in files if not file.startswith(("mimicdet/", "mimiclab/"))} == {
+        "experiment.yaml",
+        "versions.json",
+    }
     assert not {file for file in files if "__pycache__" in file}
     assert load_experiment(stage / "experiment.yaml").experiment == experiment
 
@@ -54,7 +59,7 @@ def test_byte_code_and_hidden_files_stay(experiment, stage, tmp_path, monkeypatc
 
     package.stage(experiment, stage)
 
-    assert files_in(stage) == {"somecode/__init__.py", "somecode/part/a.py", "experiment.yaml"}
+    assert files_in(stage) == {"somecode/__init__.py", "somecode/part/a.py", "experiment.yaml", "versions.json"}
 
 
 def test_a_package_is_complete_and_comes_before_what_is_installed(experiment, stage):
@@ -139,3 +144,42 @@ def test_code_has_one_hash_wherever_it_lies(experiment, stage, tmp_path):
         [sys.executable, "-P", "-c", program], env={**os.environ, "PYTHONPATH": str(stage)}, text=True
     ).strip()
     assert changed != there
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "said"),
+    [
+        ({}, 0, ""),
+        (
+            {"rich": "1.0", "typer": "0.1"},
+            0,
+            f"warning: other versions here than where this was submitted: rich {version('rich')}, not 1.0; "
+            f"typer {version('typer')}, not 0.1\n",
+        ),
+        (
+            {"no-such-package": "3.1"},
+            2,
+            "error: the environment of this node lacks no-such-package 3.1; expected one of the lock file of the code "
+            "that was submitted\n",
+        ),
+    ],
+    ids=["the same", "others", "missing"],
+)
+def test_an_environment_is_compared_with_that_of_the_package(experiment, stage, changes, code, said):
+    package.stage(experiment, stage)
+    file = stage / "versions.json"
+    submitted = json.loads(file.read_text())
+    assert {"torch", "torchvision", "mlflow", "ray", "pyyaml"} <= submitted.keys()
+    assert "pytest" not in submitted
+    file.write_text(json.dumps({**submitted, **changes}))
+
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "mimiclab.cluster.versions", "versions.json"],
+        cwd=stage,
+        env={**os.environ, "PYTHONPATH": str(stage)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+    assert (done.returncode, done.stdout) == (code, said)

@@ -130,3 +130,29 @@ def test_the_token_is_sent_to_the_cluster_of_this_machine_only(ours, first, tmp_
     assert "UserError" in done.stderr
     assert "takes no jobs without its token" in done.stderr
     assert seen[-1] == ("Bearer " + "0123456789abcdef" * 4 if ours else None)
+
+
+class Client:
+    """The part of a client that says where its server is."""
+
+    def __init__(self, address):
+        self.address = address
+
+    def get_address(self):
+        return self.address
+
+
+def test_what_cluster_up_started_is_this_machine(tmp_path):
+    process = state.identify([psutil.Process()])
+    state.LocalCluster("127.0.0.1:2", "http://127.0.0.1:1", str(tmp_path), {}, process).write()
+
+    assert server.is_this_machine(Client("http://127.0.0.1:1"))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_the_near_end_of_a_tunnel_is_not(listener, host):
+    assert not server.is_this_machine(Client(f"http://{host}:{port_of(listener)}"))
+
+
+def test_nor_is_another_machine():
+    assert not server.is_this_machine(Client("http://10.0.0.1:8265"))

@@ -1,11 +1,14 @@
 """What is refused before a cluster is started."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from mimiclab import runs
 from mimiclab.cli import main
 from mimiclab.drill.drill import plan
+from mimiclab.drill.stage import Driver
 from mimiclab.experiment import load_experiment
 
 SMALL = """
@@ -32,10 +35,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+def refused(capsys: pytest.CaptureFixture[str], *args: str, verb: tuple[str, ...] = ("drill",)) -> str:
     """The message of a drill that is not begun."""
     with pytest.raises(SystemExit) as caught:
-        main(["drill", "x.yaml", *args])
+        main([*verb, "x.yaml", *args])
     assert caught.value.code == 2
     out, err = capsys.readouterr()
     assert "starting a head" not in out
@@ -45,6 +48,8 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     return err.removeprefix("error: ")
 
 
+# Submitted, before a cluster is looked for.
+@pytest.mark.parametrize("verb", [("drill",), ("submit", "drill")], ids=" ".join)
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -63,8 +68,10 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         (["--random", "1", "--set", f"name={'n' * 90}"], "name: expected 1 to 100 letters"),
     ],
 )
-def test_a_mistake_is_named(capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:
-    assert refused(capsys, *args).startswith(message)
+def test_a_mistake_is_named(
+    capsys: pytest.CaptureFixture[str], args: list[str], message: str, verb: tuple[str, ...]
+) -> None:
+    assert refused(capsys, *args, verb=verb).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +92,8 @@ def test_a_run_that_no_drill_made_is_left_alone(capsys: pytest.CaptureFixture[st
     kept = Path("runs/small-drill/experiment.yaml")
     kept.parent.mkdir(parents=True)
     kept.write_text(SMALL)
-    assert "it was not made by a drill, which would remove it" in refused(capsys, "--random", "1")
+    for verb in (("drill",), ("submit", "drill")):
+        assert "it was not made by a drill, which would remove it" in refused(capsys, "--random", "1", verb=verb)
     assert kept.read_text() == SMALL
 
 
@@ -102,3 +110,23 @@ def test_both_runs_are_the_experiment_on_nodes_of_this_machine() -> None:
             assert experiment.scale.placement == "PACK"
         assert (undisturbed.scale.workers.min, undisturbed.scale.workers.max) == (2, 2)
         assert (disturbed.scale.workers.min, disturbed.scale.workers.max) == (1 if elastic else 2, 2)
+
+
+def test_a_driver_is_not_tied_to_the_cluster_that_the_drill_is_a_job_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nenv\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    ties = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_OVERRIDE_RESOURCES", "RAY_OVERRIDE_LABELS")
+    for name in (*ties, "RAY_AUTH_MODE", "PYTHONPATH"):
+        monkeypatch.setenv(name, f"of {name}")
+    experiment, said = load_experiment("x.yaml").experiment, list[str]()
+    runs.prepare(experiment, fresh=False)
+
+    code = Driver(experiment, "127.0.0.1:1", said.append, verbose=False).run()
+
+    assert code == 0
+    assert {"RAY_AUTH_MODE=of RAY_AUTH_MODE", "PYTHONPATH=of PYTHONPATH"} <= set(said)
+    assert not [line for line in said if line.startswith(ties)]

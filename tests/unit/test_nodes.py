@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from mimiclab.cluster import local, state
-from mimiclab.cluster.nodes import HEAD, Nodes
+from mimiclab.cluster.nodes import HEAD, Nodes, spawn
 from mimiclab.cluster.state import LocalCluster, ProcessId
 
 
@@ -44,6 +44,8 @@ def cluster(start: Callable[[str], psutil.Process], tmp_path: Path) -> LocalClus
     folder = tmp_path / "ray"
     folder.mkdir()
     [head] = state.identify([start("sleep 300 & wait")])
+    while len(group(head)) < 2:
+        time.sleep(0.01)
     [node] = state.identify([start("sleep 300 & while true; do sleep 300 & sleep 0.001; done")])
     return LocalCluster(
         head="127.0.0.1:1",
@@ -98,6 +100,19 @@ def test_the_head_is_not_killed(cluster: LocalCluster) -> None:
         Nodes(cluster).kill(HEAD)
 
     assert len(group(cluster.processes[0])) == 2
+
+
+def test_a_node_is_not_tied_to_the_cluster_that_starts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ties = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_OVERRIDE_RESOURCES", "RAY_REDIS_ADDRESS")
+    for name in (*ties, "RAY_health_check_period_ms", "PYTHONPATH"):
+        monkeypatch.setenv(name, f"of {name}")
+
+    spawn(["env"], tmp_path / "env", {"RAY_OVERRIDE_LABELS": "its own"}).wait()
+
+    found = (tmp_path / "env").read_text().splitlines()
+    assert {"RAY_OVERRIDE_LABELS=its own", "PYTHONPATH=of PYTHONPATH"} <= set(found)
+    assert "RAY_health_check_period_ms=of RAY_health_check_period_ms" in found
+    assert not [line for line in found if line.startswith(ties)]
 
 
 def test_a_cluster_that_does_not_answer_is_not_waited_for(cluster: LocalCluster) -> None:

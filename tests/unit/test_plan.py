@@ -3,16 +3,19 @@
 import math
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mimiclab.cli import main
+from mimiclab.experiment import load_experiment
 from mimiclab.plan.expected import expected_s
 from mimiclab.plan.fleet import Fleet
 from mimiclab.plan.job import Job
 from mimiclab.plan.quote import quote, sizes
 from mimiclab.plan.simulate import Outcome, average, best_every_s, simulate
+from mimiclab.plan.training import job_of
 
 JOB = Job(num_steps=20_000, global_batch=16, images_per_s=25.0, checkpoint_s=2.0, restart_s=90.0)
 FLEET = Fleet(workers=8, mtbf_s=8 * 3600.0, notice_share=0.0, replace_s=180.0)
@@ -118,15 +121,22 @@ def test_sizes_double_up_to_the_most() -> None:
     assert sizes(1000) == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000]
 
 
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    output, errors = capsys.readouterr()
+    assert caught.value.code == 0, errors
+    return output
+
+
 def test_a_plan_of_a_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIMICLAB_DATA", "/data")
     monkeypatch.setenv("MIMICLAB_WEIGHTS", "/weights")
     arguments = ["plan", "experiments/coco/r50-1x.yaml", "--gpus", "4", "--images-per-s", "25"]
-    with pytest.raises(SystemExit) as known:
-        main([*arguments, "--images", "118287", "--price", "0.35", "--on-demand-price", "1"])
-    output = capsys.readouterr().out
+    known = [*arguments, "--images", "118287"]
+    output = planned(capsys, *known, "--price", "0.35", "--on-demand-price", "1", "--val-images", "0")
 
-    assert known.value.code == 0
+    assert "left out" not in output
     assert "88716 steps of 16 images" in output
     assert [line.split()[0] for line in output.splitlines()[2:]] == ["1", "2", "4"]
     alone = output.splitlines()[2].split()
@@ -134,7 +144,55 @@ def test_a_plan_of_a_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert float(alone[4]) == pytest.approx((118287 * 12 / 25 + 60) / 3600, abs=0.03)
     assert float(alone[-1]) == pytest.approx(float(alone[4]), abs=0.02)
 
+    output = planned(capsys, *known, "--val-images", "5000")
+    # 5,000 images after each of 12 epochs, three times as fast.
+    assert float(output.splitlines()[2].split()[4]) - float(alone[4]) == pytest.approx(12 * 5000 / 75 / 3600, abs=0.02)
+    output = planned(capsys, *known, "--val-images", "5000", "--eval-images-per-s", "5", "--set", "eval.every_epochs=5")
+    assert float(output.splitlines()[2].split()[4]) - float(alone[4]) == pytest.approx(3 * 5000 / 5 / 3600, abs=0.02)
+    output = planned(capsys, *known)
+    assert output.splitlines()[1].startswith("evaluations are left out")
+    assert output.splitlines()[3].split()[4] == alone[4]
+
     with pytest.raises(SystemExit) as missing:
         main(arguments)
     assert missing.value.code == 2
     assert "expected --images N" in capsys.readouterr().err
+
+
+def test_a_plan_counts_the_images_that_are_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text("name: x\ndata: {scenes: {train: 12, val: 6, size: 32}}\noptim: {epochs: 2}\n")
+    experiment = load_experiment("x.yaml", ["optim.global_batch=3"]).experiment
+    measured = dict.fromkeys(("checkpoint_s", "restart_s", "exchange_s"), 0.0)
+
+    def job(**given: float | None) -> Job:
+        given = {**dict.fromkeys(("images", "val_images", "eval_images_per_s")), **given}
+        return job_of(
+            experiment,
+            images_per_s=10.0,
+            loader_images_per_s=None,
+            store_mb_per_s=None,
+            image_kb=160.0,
+            **measured,
+            **given,
+        )
+
+    assert (job().num_steps, job().evaluation_s) == (8, pytest.approx(2 * 6 / 30))
+    assert job(eval_images_per_s=4.0).evaluation_s == pytest.approx(2 * 6 / 4)
+    assert (job(val_images=9).num_steps, job(val_images=9).evaluation_s) == (8, pytest.approx(2 * 9 / 30))
+    assert (job(images=30).num_steps, job(images=30).evaluation_s) == (20, 0)
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["images=-3", "images=0", "val-images=-1", "eval-images-per-s=0", "loader-images-per-s=-1", "store-mb-per-s=-2"],
+)
+def test_what_cannot_be_measured_is_refused(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    name, value = option.split("=")
+    arguments = ["plan", "experiments/scenes.yaml", "--gpus", "1", "--images-per-s", "25", "--images", "9"]
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, f"--{name}", value])
+    assert caught.value.code == 2
+    assert f"--{name}" in capsys.readouterr().err

@@ -12,15 +12,15 @@ from collections.abc import Iterable, Mapping
 
 from mimiclab.errors import UserError
 
+Node = tuple[Mapping[str, float], Mapping[str, str]]
+"""What a node that is alive offers, as {"CPU": 8, ...}, and its labels."""
+
 PREFIX = "mimiclab/max-"
 """How the labels begin that say what a cluster grows to."""
 
 
-def capacity(nodes: Iterable[tuple[Mapping[str, float], Mapping[str, str]]]) -> dict[str, float]:
+def capacity(nodes: Iterable[Node]) -> dict[str, float]:
     """The most that a cluster can ever give at a time, as {"CPU": 8, ...}.
-
-    Args:
-        nodes: resources and labels of each node that is alive.
 
     Raises:
         UserError: a label says no number.
@@ -33,18 +33,36 @@ def capacity(nodes: Iterable[tuple[Mapping[str, float], Mapping[str, str]]]) -> 
     return {kind: max(total[kind], limits.get(kind, 0)) for kind in {*total, *limits}}
 
 
+def grows(nodes: Iterable[Node]) -> bool:
+    """Whether there will be more nodes than these where they are needed."""
+    return any(_limits(labels) for _, labels in nodes)
+
+
+def room(nodes: Iterable[Node], each: Mapping[str, float]) -> list[int]:
+    """How many workers that ask for `each` every node has room for, while it does nothing else."""
+    return [min(int(offer.get(kind, 0) // amount) for kind, amount in each.items()) for offer, _ in nodes]
+
+
+def labelled(nodes: Iterable[Node], selector: Mapping[str, str]) -> list[Node]:
+    """The nodes on which Ray starts what asks for these labels."""
+    from ray._raylet import node_labels_match_selector  # type: ignore[attr-defined]  # compiled
+
+    return [node for node in nodes if node_labels_match_selector(dict(node[1]), dict(selector))]
+
+
 def connected() -> dict[str, float]:
     """The capacity of the cluster that this process is connected to."""
-    return capacity(_nodes())
+    return capacity(connected_nodes())
 
 
 def is_one_machine() -> bool:
     """Whether the cluster that this process is connected to is one node, and stays so."""
-    labels = [labels for _, labels in _nodes()]
-    return len(labels) == 1 and not _limits(labels[0])
+    nodes = connected_nodes()
+    return len(nodes) == 1 and not grows(nodes)
 
 
-def _nodes() -> list[tuple[Mapping[str, float], Mapping[str, str]]]:
+def connected_nodes() -> list[Node]:
+    """The nodes of the cluster that this process is connected to."""
     import ray
 
     return [(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]

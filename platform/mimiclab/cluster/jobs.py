@@ -1,7 +1,7 @@
 """Jobs: a verb that runs on a cluster, with the code and the experiment that were submitted.
 
-A job runs in the folder that it was submitted from, on a disk that the nodes share. So a relative path means what
-it means to `mimiclab train` at the same place, and both go on with the same run.
+On this machine a job runs in the folder that it was submitted from. So a relative path means what it means to
+`mimiclab train` at the same place, and both go on with the same run. A cluster elsewhere is given no relative paths.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mimicdet.config import is_published_name
 from mimiclab import runs
-from mimiclab.cluster import package
-from mimiclab.cluster.server import is_this_machine, resources
+from mimiclab.cluster import package, versions
+from mimiclab.cluster.server import is_this_machine, nodes
 from mimiclab.errors import UserError
 from mimiclab.experiment import flatten
 from mimiclab.schema import PATH_KEYS, Experiment
@@ -89,24 +89,27 @@ def submit(client: JobSubmissionClient, task: Task, *, name: str | None, say: Ca
         say: gets a line for the user.
 
     Raises:
-        UserError: before anything is uploaded: the cluster is too small or has other versions, the name is in use,
-            the package is too large.
+        UserError: before anything is uploaded: the cluster is too small or has other versions, it is elsewhere and a
+            path is relative, the name is in use, the package is too large.
     """
     experiment = task.experiment
+    here = is_this_machine(client)
+    if not here:
+        _refuse_relative_paths(experiment, client.get_address())
     default = experiment.name if task.verb == "train" else f"{task.verb}-{experiment.name}"[:100]
     name = default if name is None else check_name(name)
     check_versions(client)
     if task.verb in ("train", "search"):
-        check_resources(resources(client), experiment.scale)
+        check_resources(nodes(client), experiment.scale)
     job_id = next_id(name, task.run, list_jobs(client))
     root = runs.root_of(experiment)
     with tempfile.TemporaryDirectory() as folder:
         say(f"uploading {package.stage(experiment, Path(folder))}")
         kept = package.keep(Path(folder), root)
-        # On another machine, its image says which Python.
-        python = sys.executable if is_this_machine(client) else "python"
+        # On another machine, its image says which Python, and what comes with it.
+        command = entrypoint(task, python=sys.executable) if here else entrypoint(task, python="python", compare=True)
         metadata = {"job_name": name, "run": task.run, "root": root.uri, "package": kept}
-        _submit(client, job_id, Path(folder), entrypoint(task, python=python), metadata)
+        _submit(client, job_id, Path(folder), command, metadata)
     say(f"submitted as job {job_id} to {client.get_address()}")
     return job_id
 
@@ -207,17 +210,25 @@ def next_id(name: str, run: str, jobs: Sequence[Job]) -> str:
     return job_id
 
 
-def entrypoint(task: Task, *, python: str) -> str:
-    """The shell command of a job, to be run in the folder of its package."""
+def entrypoint(task: Task, *, python: str, compare: bool = False) -> str:
+    """The shell command of a job, to be run in the folder of its package.
+
+    Args:
+        task: what is to be done.
+        python: the program that does it.
+        compare: it ends at once where it lacks a package that this environment has.
+    """
     # -P: the folder that the job runs in is not searched for modules, only the package is.
-    command = [python, "-P", "-m", "mimiclab", task.verb, *task.options]
+    module = [python, "-P", "-m"]
+    command = [*module, "mimiclab", task.verb, *task.options]
     if task.verb == "evaluate":  # of a run, which says itself what it is an experiment of
         command += [task.experiment.name, "--storage", task.experiment.where.storage]
     joined = shlex.join(command)
     file = "" if task.verb == "evaluate" else package.EXPERIMENT
-    if _has_relative_paths(task.experiment):
-        return f"cd {shlex.quote(str(Path.cwd()))} && exec {joined}" + (f' "$OLDPWD/{file}"' if file else "")
-    return f"exec {joined} {file}".rstrip()
+    first = f"{shlex.join([*module, versions.__name__, versions.FILE])} && " if compare else ""
+    if relative_paths(task.experiment):
+        return f"{first}cd {shlex.quote(str(Path.cwd()))} && exec {joined}" + (f' "$OLDPWD/{file}"' if file else "")
+    return f"{first}exec {joined} {file}".rstrip()
 
 
 def list_jobs(client: JobSubmissionClient) -> list[Job]:
@@ -282,6 +293,21 @@ def stop(client: JobSubmissionClient, job_id: str) -> Job:
     return _wait_for_end(client, job)
 
 
+def stop_all(client: JobSubmissionClient, say: Callable[[str], object]) -> None:
+    """Stop every job that has not ended, all at a time, and wait for those that the cluster agreed to stop."""
+    stopping: set[str] = set()
+    for job in list_jobs(client):
+        if not job.is_over:
+            say(f"stopping job {job.id}")
+            try:
+                client.stop_job(job.id)
+                stopping.add(job.id)
+            except (OSError, RuntimeError) as error:
+                say(f"job {job.id} cannot be stopped: {error}")
+    while any(job.id in stopping and not job.is_over for job in list_jobs(client)):
+        time.sleep(_POLL_S)
+
+
 def table(jobs: Sequence[Job]) -> str:
     """Jobs for people, a line each."""
     rows = [("JOB", "STATUS", "STARTED", "DURATION", "MESSAGE")]
@@ -314,7 +340,20 @@ def _job(details: Any) -> Job:
     )
 
 
-def _has_relative_paths(experiment: Experiment) -> bool:
+def relative_paths(experiment: Experiment) -> dict[str, str]:
+    """The paths of an experiment that mean a place below the folder it is used in, by their keys."""
     values = flatten(experiment)
-    paths = (str(values[key]).removeprefix("sqlite:///") for key in PATH_KEYS if values.get(key) is not None)
-    return any("://" not in path and not Path(path).is_absolute() and not is_published_name(path) for path in paths)
+    paths = {key: str(values[key]) for key in PATH_KEYS if values.get(key) is not None}
+    return {key: path for key, path in paths.items() if _is_relative(path.removeprefix("sqlite:///"))}
+
+
+def _is_relative(path: str) -> bool:
+    return "://" not in path and not Path(path).is_absolute() and not is_published_name(path)
+
+
+def _refuse_relative_paths(experiment: Experiment, address: str) -> None:
+    if found := relative_paths(experiment):
+        raise UserError(
+            f"{', '.join(f'{key}: {path}' for key, path in found.items())}: relative to a folder of this machine, and "
+            f"the cluster at {address} is on others; expected absolute paths, on a disk that its nodes share, or URIs"
+        )

@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ from mimiclab.errors import UserError
 
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 20.0
+# More than a job has to record its run, see jobs.py.
+_JOBS_TIMEOUT_S = 90.0
 _LOOPBACK = "127.0.0.1"
 
 
@@ -135,14 +138,29 @@ def down(say: Callable[[str], None]) -> bool:
     if cluster is None:
         return swept
     if cluster.running():
-        with contextlib.suppress(UserError):  # one that does not answer is ended all the same
-            client = connect_local(cluster)
-            for job in jobs.list_jobs(client):
-                if not job.is_over:
-                    say(f"stopping job {job.id}")
-                    jobs.stop(client, job.id)
+        _stop_jobs(cluster, say)
     say(f"ended {end(cluster)} processes and removed {cluster.folder}")
     return True
+
+
+def _stop_jobs(cluster: LocalCluster, say: Callable[[str], None]) -> None:
+    """Stop the jobs of a cluster as far as its job server answers, and in a bounded time: they end with it anyway."""
+    wrong: list[str] = []
+
+    def stop() -> None:
+        try:
+            jobs.stop_all(connect_local(cluster), say)
+        except Exception as error:  # of Ray's client, of requests, or of what they make of an answer
+            wrong.append(str(error))
+
+    # Ray's client waits for an answer for ever.
+    thread = threading.Thread(target=stop, daemon=True)
+    thread.start()
+    thread.join(_JOBS_TIMEOUT_S)
+    if thread.is_alive():
+        wrong.append(f"not all have ended after {_JOBS_TIMEOUT_S:g} s")
+    for reason in wrong:
+        say(f"jobs end with the cluster, not in good order: {reason}")
 
 
 def end(cluster: LocalCluster) -> int:

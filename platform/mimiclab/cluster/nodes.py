@@ -36,6 +36,10 @@ SPOT_LABELS = {"ray.io/market-type": "spot"}
 OBJECT_STORE_BYTES = 150_000_000
 """Of each node, where several share a machine. Batches and weights do not pass through it."""
 
+_OF_A_CLUSTER = (
+    *VARIABLES,
+    *("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_REDIS_ADDRESS", "RAY_CLOUD_INSTANCE_ID", "RAY_NODE_TYPE_NAME"),
+)
 _AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 _RPC_S = 5.0
 _START_TIMEOUT_S = 180.0
@@ -163,9 +167,10 @@ class Nodes:
         Raises:
             RuntimeError: it ended, or Ray does not know it within three minutes; with the end of its output.
         """
+        from ray.exceptions import RpcError
 
         def known() -> Node | None:
-            with contextlib.suppress(KeyError):
+            with contextlib.suppress(KeyError, OSError, RpcError):  # a head that starts, on a busy machine
                 return self.get(name)
             return None
 
@@ -270,7 +275,7 @@ def spawn(arguments: list[str], log: Path, environment: Mapping[str, str]) -> ps
         process = subprocess.Popen(
             arguments,
             env={
-                **{name: value for name, value in os.environ.items() if name not in VARIABLES},
+                **without_cluster(os.environ),
                 **environment,
                 # Ray's dashboard leaves files there when it ends, and so does what it runs.
                 "TMPDIR": str(log.parent),
@@ -283,6 +288,19 @@ def spawn(arguments: list[str], log: Path, environment: Mapping[str, str]) -> ps
             start_new_session=True,
         )
     return psutil.Process(process.pid)
+
+
+def without_cluster(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment less what ties a process to a cluster, for one of another: all that Ray gives a job's driver.
+
+    The driver's package would be looked for at a head that does not have it, and a node would offer what its machine
+    was told to. Settings and the path of modules stay.
+    """
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in _OF_A_CLUSTER and not name.startswith("RAY_OVERRIDE_")
+    }
 
 
 def tree(processes: list[psutil.Process]) -> list[psutil.Process]:

@@ -1,4 +1,4 @@
-"""What a job takes to its cluster: the code that submits it, and its experiment.
+"""What a job takes to its cluster: the code that submits it, its experiment, and the versions that it was written for.
 
 Ray would upload the folder the user is in, less what is named as excluded; what nobody thought of (a data set, an
 environment, a key) would travel too. So a folder is made with what a job needs and nothing else. Ray unpacks it on
@@ -10,11 +10,13 @@ A copy stays beside the runs: `jobs resubmit` starts just that again, whatever b
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from mimiclab.cluster import versions
 from mimiclab.code import PACKAGES, content_hash, is_left_out, source
 from mimiclab.errors import UserError
 from mimiclab.experiment import resolved_yaml
@@ -42,6 +44,7 @@ def stage(experiment: Experiment, folder: Path) -> str:
             source(name), folder / name, ignore=lambda _, names: [each for each in names if is_left_out(each)]
         )
     (folder / EXPERIMENT).write_text(resolved_yaml(experiment))
+    (folder / versions.FILE).write_text(json.dumps(versions.here()))
     files = sorted((path for path in folder.rglob("*") if path.is_file()), key=_megabytes, reverse=True)
     total = sum(map(_megabytes, files))
     if total > LIMIT_MB:

@@ -14,7 +14,7 @@ from mimicdet.config import is_published_name
 from mimiclab.data.manifest import MANIFEST
 from mimiclab.errors import UserError
 from mimiclab.schema import Experiment, ScaleConfig
-from mimiclab.session import resources_per_worker
+from mimiclab.session import resources_per_worker, task_options
 from mimiclab.storage import Storage
 
 # How long a node may be waited for before a person is told.
@@ -93,19 +93,12 @@ def _ask(files: Files, scale: ScaleConfig, say: Callable[[str], object]) -> str 
     """Have a node look."""
     import ray
 
-    each = resources_per_worker(scale)
-    others = {kind: amount for kind, amount in each.items() if kind not in ("CPU", "GPU")}
-    task = ray.remote(_missing_here).options(
-        num_cpus=each["CPU"],
-        num_gpus=each.get("GPU", 0),
-        resources=others or None,
-        label_selector=scale.label_selector or None,
-        scheduling_strategy="SPREAD",  # not on the head by preference, because the driver is there
-    )
+    # Not on the head by preference, because the driver is there.
+    task = ray.remote(_missing_here).options(**task_options(scale), scheduling_strategy="SPREAD")
     reference = task.remote(dict(files))
     try:
         while not ray.wait([reference], timeout=_PATIENCE_S)[0]:
-            wanted = ", ".join(f"{amount:g} {kind}" for kind, amount in each.items())
+            wanted = ", ".join(f"{amount:g} {kind}" for kind, amount in resources_per_worker(scale).items())
             say(f"waiting for a node with {wanted} to look whether it sees the run's data and storage")
         found: str | None = ray.get(reference)
     except BaseException:

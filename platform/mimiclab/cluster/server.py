@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import logging
 import os
@@ -10,8 +11,10 @@ import urllib.request
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+import psutil
+
 from mimiclab.cluster import state
-from mimiclab.cluster.capacity import capacity
+from mimiclab.cluster.capacity import Node, capacity
 from mimiclab.cluster.state import LocalCluster
 from mimiclab.errors import UserError
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 _EXPECTED = "expected http://HOST:PORT of its job server, or HOST:PORT of its head"
 _TIMEOUT_S = 5.0
+_DASHBOARD = "ray/dashboard/dashboard.py"  # the program that the job server is a part of
 
 VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Where Ray's own clients look for a cluster."""
@@ -58,19 +62,40 @@ def connect_local(cluster: LocalCluster) -> JobSubmissionClient:
         ) from error
 
 
-def resources(client: JobSubmissionClient) -> dict[str, float]:
-    """What the nodes of a cluster have in all, or will where it grows, as {"CPU": 8, ...}; see `capacity`."""
+def nodes(client: JobSubmissionClient) -> list[Node]:
+    """The nodes of a cluster that are alive."""
     from ray.util.state import list_nodes
 
     # Not filtered by Ray: what its filter leaves out of some nodes it takes for answers that were cut off, and raises.
-    nodes = list_nodes(client.get_address(), limit=10_000)
-    return capacity((node.resources_total, node.labels) for node in nodes if node.state == "ALIVE")
+    found = list_nodes(client.get_address(), limit=10_000)
+    return [(node.resources_total, node.labels) for node in found if node.state == "ALIVE"]
+
+
+def resources(client: JobSubmissionClient) -> dict[str, float]:
+    """What the nodes of a cluster have in all, or will where it grows, as {"CPU": 8, ...}; see `capacity`."""
+    return capacity(nodes(client))
 
 
 def is_this_machine(client: JobSubmissionClient) -> bool:
-    """Whether a job server is on this machine."""
+    """Whether a job server is on this machine.
+
+    That it is reached at a loopback address does not say so: a tunnel to a cluster elsewhere begins there too.
+    """
     address = client.get_address()
-    return urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1") or state.running_at(address) is not None
+    return state.running_at(address) is not None or is_served_here(address)
+
+
+def is_served_here(url: str) -> bool:
+    """Whether what listens at a loopback address is Ray itself, as where a user typed `ray start`, and no tunnel."""
+    parts = urlsplit(url)
+    if parts.hostname not in ("127.0.0.1", "localhost", "::1"):
+        return False
+    for each in psutil.net_connections("tcp"):
+        # Of another user's process there is no id.
+        if each.status == psutil.CONN_LISTEN and each.laddr and each.laddr.port == parts.port and each.pid:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                return any(word.endswith(_DASHBOARD) for word in psutil.Process(each.pid).cmdline())
+    return False
 
 
 def _client(name: str, address: str) -> JobSubmissionClient:

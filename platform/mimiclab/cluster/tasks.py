@@ -1,7 +1,8 @@
-"""Run a function over items as tasks of the Ray cluster that this process is connected to."""
+"""Run a function, once or over items, as tasks of the Ray cluster that this process is connected to."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
@@ -9,6 +10,8 @@ from typing import TypeVar
 from mimiclab.cluster import capacity
 from mimiclab.data.parallel import Runner, bounded
 from mimiclab.errors import UserError
+from mimiclab.schema import ScaleConfig
+from mimiclab.session import task_options
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -17,7 +20,6 @@ Result = TypeVar("Result")
 def on_cluster() -> Runner:
     """Tasks of one CPU each, as many at a time as the cluster has CPUs, or will have where it grows."""
     import ray
-    from ray.exceptions import RayTaskError
 
     def run(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         task = ray.remote(num_cpus=1)(function)
@@ -31,13 +33,40 @@ def on_cluster() -> Runner:
 
         at_a_time = max(1, int(capacity.connected().get("CPU", 1)))
         try:
-            yield from bounded(submit, items, at_a_time)
-        except RayTaskError as error:
-            if isinstance(error.cause, UserError):  # out of Ray's wrapping, which adds a traceback to its text
-                raise error.cause from None
-            raise
+            with _own_errors():
+                yield from bounded(submit, items, at_a_time)
         finally:
             for reference in references:  # those that an error has left behind; finished ones do not mind
                 ray.cancel(reference)
 
     return run
+
+
+def as_worker(function: Callable[..., Result], *args: object, scale: ScaleConfig) -> Result:
+    """What a function returns where a worker would run, with what one asks for.
+
+    Raises:
+        UserError: the function raised it.
+    """
+    import ray
+
+    reference = ray.remote(function).options(**task_options(scale)).remote(*args)
+    try:
+        with _own_errors():
+            answer: Result = ray.get(reference)
+            return answer
+    finally:
+        ray.cancel(reference)
+
+
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """A user's mistake comes out of Ray's wrapping, which adds a traceback to its text."""
+    from ray.exceptions import RayTaskError
+
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise

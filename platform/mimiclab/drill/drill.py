@@ -88,16 +88,8 @@ def drill(
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False)
 
-    if (events is None) == (num_random is None):
-        raise UserError(
-            f"found {'neither' if events is None else 'both'} --events and --random; expected one of them, as "
-            "--events kill-worker@20,drain@70:20s"
-        )
-    named = None if events is None else schedule.parse(events)
-    undisturbed, disturbed = plan(loaded, elastic=elastic)
+    named, (undisturbed, disturbed) = prepare(loaded, events=events, num_random=num_random, elastic=elastic)
     num_workers, threads = disturbed.scale.workers.max, disturbed.scale.threads
-    for experiment in (undisturbed, disturbed):
-        _refuse_what_is_no_drills(experiment)
     splits = check(undisturbed, console, fresh=True)
     steps = num_steps(undisturbed, splits)
     if named is not None:
@@ -141,6 +133,26 @@ def drill(
     findings = find(undisturbed, disturbed, code, chaos.story, steps, tolerance)
     _keep(findings, undisturbed, disturbed, console)
     return findings
+
+
+def prepare(
+    loaded: LoadedExperiment, *, events: str | None, num_random: int | None, elastic: bool
+) -> tuple[list[schedule.Event] | None, tuple[Experiment, Experiment]]:
+    """What can be said of a drill before its data is read: its events, None where they are drawn, and its experiments.
+
+    Raises:
+        UserError: the events are none, neither or both ways were chosen, or the experiments are none for a drill.
+    """
+    if (events is None) == (num_random is None):
+        raise UserError(
+            f"found {'neither' if events is None else 'both'} --events and --random; expected one of them, as "
+            "--events kill-worker@20,drain@70:20s"
+        )
+    named = None if events is None else schedule.parse(events)
+    experiments = plan(loaded, elastic=elastic)
+    for experiment in experiments:
+        _refuse_what_is_no_drills(experiment)
+    return named, experiments
 
 
 def plan(loaded: LoadedExperiment, *, elastic: bool) -> tuple[Experiment, Experiment]:

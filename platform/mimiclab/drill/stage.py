@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mimiclab import runs
+from mimiclab.cluster.nodes import without_cluster
 from mimiclab.experiment import resolved_yaml
 from mimiclab.progress import PROGRESS, ProgressReader
 from mimiclab.schema import Experiment
@@ -77,7 +78,7 @@ class Driver:
         # A session of its own: a Ctrl-C reaches the drill, which then stops it.
         process = self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "mimiclab", "train", str(file), *self._options],
-            env={"COLUMNS": "120", **os.environ, "PYTHONUNBUFFERED": "1"},
+            env={"COLUMNS": "120", **without_cluster(os.environ), "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

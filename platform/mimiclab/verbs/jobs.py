@@ -103,11 +103,13 @@ def submit_drill(
     verbose: Verbose = False,
 ) -> None:
     """Drill an experiment as a job: on nodes of its own, all on the cluster's head."""
+    from mimiclab.drill.drill import prepare
     from mimiclab.experiment import load_experiment
 
-    loaded = load_experiment(experiment, overrides or ()).experiment
-    chosen = ["--events", events] if events is not None else ["--random", str(random)] if random is not None else []
-    _submit("drill", loaded, [*chosen, "--seed", str(seed)], name, address, follow)
+    loaded = load_experiment(experiment, overrides or ())
+    prepare(loaded, events=events, num_random=random, elastic=False)  # says what is wrong with it
+    chosen = ["--random", str(random)] if events is None else ["--events", events]
+    _submit("drill", loaded.experiment, [*chosen, "--seed", str(seed)], name, address, follow)
 
 
 def _fresh(fresh: bool) -> list[str]:

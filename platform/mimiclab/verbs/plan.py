@@ -30,11 +30,24 @@ def plan(
     ] = 0.0,
     elastic: Annotated[bool | None, typer.Option("--elastic/--fixed", help="By default as scale.workers says.")] = None,
     price: Annotated[float, typer.Option(help="Of a spot machine with one GPU, an hour.", min=0)] = 0.0,
-    on_demand_price: Annotated[float | None, typer.Option(help="Of the same machine on demand, an hour.")] = None,
+    on_demand_price: Annotated[
+        float | None, typer.Option(help="Of the same machine on demand, an hour.", min=0)
+    ] = None,
     head_price: Annotated[float, typer.Option(help="Of the head, an hour.", min=0)] = 0.0,
-    images: Annotated[int | None, typer.Option(metavar="N", help="Training images, where they are not here.")] = None,
-    loader_images_per_s: Annotated[float | None, typer.Option(help="What one GPU's loaders decode.")] = None,
-    store_mb_per_s: Annotated[float | None, typer.Option(help="What the data's store gives to all.")] = None,
+    images: Annotated[
+        int | None, typer.Option(metavar="N", help="Training images, where they are not here.", min=1)
+    ] = None,
+    val_images: Annotated[int | None, typer.Option(metavar="N", help="Validation images, likewise.", min=0)] = None,
+    eval_images_per_s: Annotated[
+        float | None,
+        typer.Option(help="What one GPU evaluates, scoring included; by default 3 times --images-per-s.", min=1e-6),
+    ] = None,
+    loader_images_per_s: Annotated[
+        float | None, typer.Option(help="What one GPU's loaders decode; no limit by default.", min=1e-6)
+    ] = None,
+    store_mb_per_s: Annotated[
+        float | None, typer.Option(help="What the data's store gives to all; no limit by default.", min=1e-6)
+    ] = None,
     image_kb: Annotated[float, typer.Option(help="Mean size of an encoded image.", min=0.1)] = 160.0,
     checkpoint_s: Annotated[float, typer.Option(help="That a checkpoint holds training up.", min=0)] = 0.5,
     restart_s: Annotated[float, typer.Option(help="From an interruption to the next step, on two.", min=0)] = 60.0,
@@ -55,7 +68,9 @@ def plan(
     job = job_of(
         loaded,
         images=images,
+        val_images=val_images,
         images_per_s=images_per_s,
+        eval_images_per_s=eval_images_per_s,
         loader_images_per_s=loader_images_per_s,
         store_mb_per_s=store_mb_per_s,
         image_kb=image_kb,
@@ -72,6 +87,8 @@ def plan(
     ]
     console = Console(soft_wrap=True, markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(f"{loaded.name}: {job.num_steps} steps of {job.global_batch} images, {RUNS} simulated runs a line")
+    if images is not None and val_images is None:
+        console.print("evaluations are left out: their images are not counted; expected --val-images N")
     if gpus > job.global_batch:
         console.print(f"no more than {job.global_batch} workers: each needs an image of the global batch")
     console.print(plan_table(quotes, price=price, on_demand=on_demand_price, head=head_price))

@@ -93,15 +93,20 @@ def evaluate(
     ] = None,
     images: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the images of ANNOTATIONS.")] = None,
     storage: Storage = "./runs",
+    address: Address = None,
     verbose: Verbose = False,
 ) -> None:
     """Score a run's best weights on its validation set, both heads."""
+    import os
+
     from rich.console import Console
 
     from mimiclab import runs
     from mimiclab.summary import evaluate_run
 
-    evaluate_run(runs.find(run, storage), Console(soft_wrap=True, markup=False), data, images)
+    console = Console(soft_wrap=True, markup=False)
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    evaluate_run(runs.find(run, storage), console, data, images, address=address, verbose=verbose)
 
 
 @app.command()
