@@ -16,7 +16,8 @@ from PIL import Image
 from mimiclab.errors import UserError
 from mimiclab.experiment import flatten, load_experiment
 from mimiclab.storage import Storage
-from mimiclab.tracking import runs
+from mimiclab.tracking import runs, writer
+from mimiclab.tracking.address import read_sqlite
 from mimiclab.tracking.client import connect
 from mimiclab.tracking.protocol import Row, Table
 from mimiclab.tracking.writer import MlflowTracker, _end_of_steps, _send_rows
@@ -412,6 +413,35 @@ def test_a_step_is_never_split_over_two_calls() -> None:
     assert tracker._next_rows() == rows[:900], "the same rows until they are acknowledged"
     assert tracker.unsent() == rows
     assert tracker.close(0) == rows
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_a_step_of_many_metrics_arrives_whole_and_once_also_after_a_restart_in_its_middle(
+    uri: str, run_id: str, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    values = {f"student/AP/{i}": float(i) for i in range(2500)}
+    left = iter([True] * calls)
+
+    def send_or_die(client: object, run_id: str, rows: list[Row]) -> None:
+        if next(left, None) is None:
+            raise ConnectionError("the machine is gone")
+        _send_rows(client, run_id, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "_send_rows", send_or_die)
+        tracker = MlflowTracker(uri, run_id)
+        tracker.log_metrics(10, values)
+        in_checkpoint = json.dumps(tracker.unsent())
+        assert len(tracker.close(3)) == 2500 - 1000 * calls
+    assert len(connect(uri).get_run(run_id).data.metrics) == 1000 * calls
+
+    tracker = MlflowTracker(uri, run_id, [Row(*fields) for fields in json.loads(in_checkpoint)])
+    tracker.log_metrics(10, values)  # evaluated again
+    tracker.log_metrics(11, values)
+    assert tracker.close(60) == []
+    stored = read_sqlite(Path(uri.removeprefix("sqlite:///")), "SELECT run_uuid, key, value, step FROM metrics")
+    found = [(row[1], row[2], row[3]) for row in stored if row[0] == run_id]
+    assert sorted(found) == sorted((key, value, step) for key, value in values.items() for step in (10, 11))
 
 
 def test_a_picture_of_a_repeated_step_is_not_stored_again(uri: str, run_id: str) -> None:

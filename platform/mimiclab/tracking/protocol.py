@@ -15,9 +15,6 @@ _METRIC_KEY = re.compile(r"[\w.\- :/]{1,250}")
 _PICTURE_KEY = re.compile(r"[a-zA-Z0-9_\-./ ]{1,150}")
 _FILE_NAME = _PICTURE_KEY
 
-MAX_METRICS_PER_STEP = 1000
-"""One transaction holds so many rows; a step's rows share one."""
-
 
 class Row(NamedTuple):
     """One value of one metric. ``json.dumps`` writes it as a list; ``Row(*fields)`` reads it back."""
@@ -113,12 +110,10 @@ def make_rows(step: int, values: Mapping[str, float]) -> list[Row]:
     such, infinities as the largest double.)
 
     Raises:
-        ValueError: The step is negative, a key cannot be used, or there are too many values.
+        ValueError: The step is negative, or a key cannot be used.
     """
     if step < 0:
         raise ValueError(f"step is {step}; expected >= 0")
-    if len(values) > MAX_METRICS_PER_STEP:
-        raise ValueError(f"step {step} has {len(values)} metrics; expected <= {MAX_METRICS_PER_STEP}")
     for key in values:
         if not _METRIC_KEY.fullmatch(key) or not _is_plain_path(key):
             raise ValueError(f"metric key {key!r}; expected letters, digits and any of '_-.: /'")

@@ -3,8 +3,9 @@
 A step's rows are put into memory and a thread sends them about once a second. What makes the history exact
 over crashes, outages and restarts:
 
-* Rows leave in order of steps, and a step's rows in one transaction. So what the server has of a series is
-  always a beginning of it, and its last step says everything: a row at or before that step is not sent again.
+* Rows leave in order of steps, and a step's rows in one transaction, up to 1,000 of them. So what the server
+  has of a series is always a beginning of it, and its last step says everything: a row at or before that step is
+  not sent again.
 * A row keeps the time at which it was logged. A call whose answer was lost is made again with identical
   rows, which MLflow stores once.
 * A row is given up only when the server has acknowledged it. Until then `unsent` returns it, checkpoints
@@ -287,7 +288,7 @@ def _end_of_steps(rows: Sequence[Row]) -> int:
     if len(rows) <= _MAX_ROWS_PER_CALL:
         return len(rows)
     end = bisect.bisect_left(rows, rows[_MAX_ROWS_PER_CALL].step, key=_step)
-    return end or _MAX_ROWS_PER_CALL  # several calls may have logged more of one step than fits
+    return end or _MAX_ROWS_PER_CALL  # an evaluation with hundreds of classes: each series is still whole
 
 
 def _send_rows(client: "MlflowClient", run_id: str, rows: Sequence[Row]) -> None:
