@@ -17,6 +17,7 @@ from mimiclab.evaluate import Evaluation, detections_of, fixed_positions
 from mimiclab.figures import SHOWN_IOUS, draw_confusion, draw_errors, draw_precision_recall
 from mimiclab.pictures import Panel, side_by_side
 from mimiclab.scoring import IOU_THRESHOLDS, RECALLS, Detections
+from mimiclab.tracking.keys import picture_keys
 from mimiclab.tracking.protocol import Table, Tracker
 
 FOLDER = "evaluation"
@@ -126,9 +127,10 @@ def worst_table(dataset: CocoDataset, student: Analysis, worst: Sequence[int]) -
 
 
 def validation_pictures(dataset: CocoDataset, detections: Mapping[str, Detections], num: int) -> dict[str, Image]:
-    """Pictures of `num` fixed images by their names: ground truth and every head side by side."""
-    positions = fixed_positions(dataset, num)
-    return {dataset.images[each].path.stem: picture_of(dataset, detections, each) for each in positions}
+    """Pictures of `num` fixed images by their `picture_keys`: ground truth and every head side by side."""
+    records = [dataset.images[each] for each in fixed_positions(dataset, num)]
+    keys = picture_keys({record.id: record.path.stem for record in records})
+    return {keys[record.id]: picture_of(dataset, detections, record.position) for record in records}
 
 
 def picture_of(dataset: CocoDataset, detections: Mapping[str, Detections], position: int, title: str = "") -> Image:

@@ -31,7 +31,8 @@ from mimiclab.schema import Experiment
 from mimiclab.scoring import Detections
 from mimiclab.session import resources_per_worker
 from mimiclab.storage import Storage
-from mimiclab.tracking.protocol import Row, Tracker, as_key
+from mimiclab.tracking.keys import metric_keys
+from mimiclab.tracking.protocol import Row, Tracker
 from mimiclab.tracking.writer import MlflowTracker
 
 # How long the end of a run waits for the tracking server, seconds; shorter where an error waits to be told.
@@ -223,7 +224,8 @@ class Leader:
             self._since_best += 1
         self._stopped = config.patience is not None and self._since_best >= config.patience
         values = {**evaluation.metrics, f"best/{config.metric}": self._best["value"], "epoch": float(epoch)}
-        self._tracker.log_metrics(engine.step, {_key(name): value for name, value in values.items()})
+        keys = metric_keys(values)
+        self._tracker.log_metrics(engine.step, {keys[name]: value for name, value in values.items()})
         self._log_pictures(engine.step, evaluation.detections)
         log_report(self._tracker, self._val, evaluation, config.num_pictures)
         if not self._since_best:
@@ -242,7 +244,7 @@ class Leader:
     def _log_pictures(self, step: int, detections: Mapping[str, Detections]) -> None:
         pictures = validation_pictures(self._val, detections, self._experiment.eval.num_pictures)
         for name, image in pictures.items():
-            self._tracker.log_picture(f"validation/{as_key(name)}", step, image)
+            self._tracker.log_picture(f"validation/{name}", step, image)
             try:
                 (self._folder / PICTURES).write(f"{name}.png", png(image))
             except UserError as error:  # a picture is no reason to end a run
@@ -345,8 +347,3 @@ def content_of(splits: Splits) -> dict[str, str | None]:
 def _named(notice: Notice) -> str:
     nodes = ", ".join(node[:8] for node in notice.nodes)
     return f"node{'s' if len(notice.nodes) > 1 else ''} {nodes}"
-
-
-def _key(metric: str) -> str:
-    """A metric's name as a key of the tracker; a class name in it may hold any character, a slash too."""
-    return "/".join(as_key(part) for part in metric.split("/", 2))

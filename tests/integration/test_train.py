@@ -26,7 +26,8 @@ from mimiclab.engine import Engine
 from mimiclab.errors import UserError
 from mimiclab.evaluate import evaluate
 from mimiclab.predict import load_detector
-from mimiclab.tracking.protocol import as_key, is_measured
+from mimiclab.tracking.keys import as_key
+from mimiclab.tracking.protocol import is_measured
 from mimiclab.train import train
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]

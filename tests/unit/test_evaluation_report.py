@@ -11,9 +11,9 @@ from PIL import Image
 
 from mimiclab.data.coco import CocoDataset
 from mimiclab.evaluate import Evaluation, score
-from mimiclab.evaluation_report import curves_table, log_report
+from mimiclab.evaluation_report import curves_table, log_report, validation_pictures
 from mimiclab.scoring import Truth
-from mimiclab.tracking.protocol import MemoryTracker
+from mimiclab.tracking.protocol import MemoryTracker, check_picture
 
 RED: Box = (0, 10, 10, 40, 40)
 BLUE: Box = (1, 10, 10, 40, 40)
@@ -190,6 +190,23 @@ def test_the_worst_images_are_named_rated_and_shown(tracker: MemoryTracker) -> N
         assert picture.width == 3 * 320 + 2 * 4  # ground truth, student, teacher
         assert picture.getpixel((300, 320)) == colour
     assert not [name for name in tracker.files if name.endswith("worst/3.png")]
+
+
+def test_images_of_like_or_long_names_have_pictures_of_their_own(tmp_path: Path) -> None:
+    files = ("cam1/000001.png", "cam2/000001.png", "猫.png", "狗.png", f"{'y' * 140}.png", "fine-1.png")
+    for number, file in enumerate(files):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (100, 100), (40, 40 * number, 90)).save(tmp_path / file)
+    dataset = truth(*[[RED]] * len(files), folder=tmp_path, files=files)
+
+    pictures = validation_pictures(dataset, {"student": rows()}, len(files))
+
+    colours = [picture.getpixel((300, 320)) for picture in pictures.values()]
+    assert colours == [(40, 40 * number, 90) for number in range(len(files))]
+    for name in pictures:
+        check_picture(f"validation/{name}", 0)
+    assert list(pictures)[-1] == "fine-1"
+    assert list(validation_pictures(dataset, {}, 2)) == ["000001", "fine-1"]
 
 
 # ---- figures ----

@@ -19,8 +19,9 @@ from mimiclab.storage import Storage
 from mimiclab.tracking import runs, writer
 from mimiclab.tracking.address import read_sqlite
 from mimiclab.tracking.client import connect
+from mimiclab.tracking.keys import metric_keys, picture_keys
 from mimiclab.tracking.protocol import Row, Table
-from mimiclab.tracking.writer import MlflowTracker, _end_of_steps, _send_rows
+from mimiclab.tracking.writer import MlflowTracker, _end_of_steps, _known_pictures, _send_rows
 
 
 @pytest.fixture(scope="module")
@@ -455,6 +456,21 @@ def test_a_picture_of_a_repeated_step_is_not_stored_again(uri: str, run_id: str)
     with Image.open(client.download_artifacts(run_id, picture)) as image:
         assert image.size == (32, 24)
         assert image.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_names_of_any_language_and_length_arrive_under_keys_of_their_own(uri: str, run_id: str) -> None:
+    names = ("猫", "狗", "Größe", "Grüße", "a(b", "a[b", "x" * 300, "x" * 301)
+    metrics, pictures = metric_keys(f"student/AP/{name}" for name in names), picture_keys(dict(enumerate(names)))
+    tracker = MlflowTracker(uri, run_id)
+    tracker.log_metrics(1, {key: number / 10 for number, key in enumerate(metrics.values())})
+    for key in pictures.values():
+        tracker.log_picture(f"validation/{key}", 1, Image.new("RGB", (32, 24), "red"))
+    assert tracker.close(30) == []
+    stored = connect(uri).get_run(run_id).data.metrics
+    assert [stored[key] for key in metrics.values()] == [number / 10 for number in range(len(names))]
+    assert stored["student/AP/猫"] == 0.0
+    known = _known_pictures(connect(uri), run_id)
+    assert known == {(f"validation/{key}", 1) for key in pictures.values()}
 
 
 def test_without_a_server_the_rows_are_kept_and_nobody_waits() -> None:

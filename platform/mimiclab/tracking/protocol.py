@@ -98,11 +98,6 @@ class Tracker(Protocol):
         ...
 
 
-def as_key(text: str) -> str:
-    """``text`` with every character that some key may not hold as "_"; for names from data, as of classes."""
-    return re.sub(r"[^a-zA-Z0-9_\-. ]", "_", text)
-
-
 def make_rows(step: int, values: Mapping[str, float]) -> list[Row]:
     """The rows of one step, stamped with the present time.
 
