@@ -121,7 +121,7 @@ class Leader:
             self._folder / CHECKPOINTS,
             keep=keep,
             warn=self._warn,
-            before=self._tracker.keep,
+            before=self._unsent,
             written=self._tell_saved,
         )
         self._machines = Machines(draining_nodes, nodes, room=self._room(world, before))
@@ -269,7 +269,6 @@ class Leader:
             "stopped": self._stopped,
             "useful_s": self._useful_s,
             "mlflow_run_id": self._mlflow_run_id,
-            "unsent": [list(row) for row in self._tracker.unsent()],
             "experiment": self._experiment.model_dump(mode="json"),
         }
         self._saved = engine.step
@@ -283,9 +282,10 @@ class Leader:
         left = self._close(_CLOSE_TIMEOUT_S)
         if left:
             self._folder.write(UNSENT, json.dumps(left).encode())
-        if left or self._tracker.unsent_files():
+        files = self._tracker.unsent_files()
+        if left or files:
             self._warn(
-                f"{len(left)} metric values and {self._tracker.unsent_files()} pictures and files did not reach "
+                f"{len(left)} metric values and {files} files (pictures, tables, earlier values) did not reach "
                 f"{self._tracking}; they are sent when the same command runs again"
             )
 
@@ -299,6 +299,11 @@ class Leader:
     def _close(self, timeout_s: float) -> list[Row]:
         self._machines.close()
         return self._tracker.close(timeout_s)
+
+    def _unsent(self) -> dict[str, Any]:
+        self._tracker.keep()
+        # Later steps' may be among them: as if the server had taken those before the end.
+        return {"unsent": self._tracker.unsent()}
 
     def _tell_saved(self, step: int) -> None:
         self._inbox.tell("checkpoint", step=step)

@@ -79,21 +79,24 @@ class Tracker(Protocol):
         ...
 
     def unsent(self) -> list[Row]:
-        """The rows that the server has not acknowledged, in order of steps; a checkpoint carries them."""
+        """The rows that the server has not acknowledged and `keep` did not put away, in order of steps.
+
+        A checkpoint carries them.
+        """
         ...
 
     def close(self, timeout_s: float) -> list[Row]:
-        """Send what is left for at most ``timeout_s`` seconds and return what could not be sent."""
+        """Send what is left for at most ``timeout_s`` seconds and return what is `unsent` then."""
         ...
 
     def unsent_files(self) -> int:
-        """How many pictures and files the server does not have."""
+        """How many files the server does not have: pictures, figures, tables, and what `keep` made of rows."""
         ...
 
     def keep(self) -> None:
-        """Put the pictures and files that the server does not have where the next process finds them; waits for it.
+        """Put what the server does not have where the next process finds it; waits for that.
 
-        May be called from any thread.
+        All but the newest rows, which are not worth a file. May be called from any thread.
         """
         ...
 
