@@ -15,8 +15,9 @@ from mimiclab.data.coco import CocoDataset
 from mimiclab.data.dataset import read_record
 from mimiclab.evaluate import Evaluation, detections_of, fixed_positions
 from mimiclab.figures import SHOWN_IOUS, draw_confusion, draw_errors, draw_precision_recall
-from mimiclab.pictures import Panel, side_by_side
+from mimiclab.pictures import Panel, side_by_side, words
 from mimiclab.scoring import IOU_THRESHOLDS, RECALLS, Detections
+from mimiclab.tracking.keys import picture_keys
 from mimiclab.tracking.protocol import Table, Tracker
 
 FOLDER = "evaluation"
@@ -31,7 +32,8 @@ def log_report(tracker: Tracker, dataset: CocoDataset, evaluation: Evaluation, n
         tracker: of the run.
         dataset: that was evaluated on.
         evaluation: of it.
-        num_worst: most images, of those with mistakes, that are shown; see `Analysis.worst`.
+        num_worst: how many pictures of the images with most mistakes there are; those of no such image say so. See
+            `Analysis.worst`.
     """
     analyses, classes = evaluation.analyses, dataset.classes
     tracker.log_file(f"{FOLDER}/precision_recall.png", partial(draw_precision_recall, analyses, classes))
@@ -47,6 +49,9 @@ def log_report(tracker: Tracker, dataset: CocoDataset, evaluation: Evaluation, n
     shown = {head: evaluation.detections[head] for head in analyses}
     for place, position in enumerate(worst, start=1):
         tracker.log_file(_picture_name(place), partial(_worst_picture, dataset, shown, position))
+    # MLflow removes no file: an earlier evaluation's picture would stay among the last one's.
+    for place in range(len(worst) + 1, num_worst + 1):
+        tracker.log_file(_picture_name(place), _no_picture)
 
 
 def classes_table(analyses: Mapping[str, Analysis], classes: Sequence[str]) -> Table:
@@ -126,9 +131,10 @@ def worst_table(dataset: CocoDataset, student: Analysis, worst: Sequence[int]) -
 
 
 def validation_pictures(dataset: CocoDataset, detections: Mapping[str, Detections], num: int) -> dict[str, Image]:
-    """Pictures of `num` fixed images by their names: ground truth and every head side by side."""
-    positions = fixed_positions(dataset, num)
-    return {dataset.images[each].path.stem: picture_of(dataset, detections, each) for each in positions}
+    """Pictures of `num` fixed images by their `picture_keys`: ground truth and every head side by side."""
+    records = [dataset.images[each] for each in fixed_positions(dataset, num)]
+    keys = picture_keys({record.id: record.path.stem for record in records})
+    return {keys[record.id]: picture_of(dataset, detections, record.position) for record in records}
 
 
 def picture_of(dataset: CocoDataset, detections: Mapping[str, Detections], position: int, title: str = "") -> Image:
@@ -152,6 +158,10 @@ def png(image: Image) -> bytes:
 def _worst_picture(dataset: CocoDataset, detections: Mapping[str, Detections], position: int) -> bytes:
     name = dataset.images[position].path.name
     return png(picture_of(dataset, detections, position, f"{name}: ground truth"))
+
+
+def _no_picture() -> bytes:
+    return png(words("no other image of the last evaluation has mistakes"))
 
 
 def _picture_name(place: int) -> str:

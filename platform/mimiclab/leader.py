@@ -31,7 +31,8 @@ from mimiclab.schema import Experiment
 from mimiclab.scoring import Detections
 from mimiclab.session import resources_per_worker
 from mimiclab.storage import Storage
-from mimiclab.tracking.protocol import Row, Tracker, as_key
+from mimiclab.tracking.keys import metric_keys
+from mimiclab.tracking.protocol import Row, Tracker
 from mimiclab.tracking.writer import MlflowTracker
 
 # How long the end of a run waits for the tracking server, seconds; shorter where an error waits to be told.
@@ -120,7 +121,7 @@ class Leader:
             self._folder / CHECKPOINTS,
             keep=keep,
             warn=self._warn,
-            before=self._tracker.keep,
+            before=self._unsent,
             written=self._tell_saved,
         )
         self._machines = Machines(draining_nodes, nodes, room=self._room(world, before))
@@ -223,7 +224,8 @@ class Leader:
             self._since_best += 1
         self._stopped = config.patience is not None and self._since_best >= config.patience
         values = {**evaluation.metrics, f"best/{config.metric}": self._best["value"], "epoch": float(epoch)}
-        self._tracker.log_metrics(engine.step, {_key(name): value for name, value in values.items()})
+        keys = metric_keys(values)
+        self._tracker.log_metrics(engine.step, {keys[name]: value for name, value in values.items()})
         self._log_pictures(engine.step, evaluation.detections)
         log_report(self._tracker, self._val, evaluation, config.num_pictures)
         if not self._since_best:
@@ -242,7 +244,7 @@ class Leader:
     def _log_pictures(self, step: int, detections: Mapping[str, Detections]) -> None:
         pictures = validation_pictures(self._val, detections, self._experiment.eval.num_pictures)
         for name, image in pictures.items():
-            self._tracker.log_picture(f"validation/{as_key(name)}", step, image)
+            self._tracker.log_picture(f"validation/{name}", step, image)
             try:
                 (self._folder / PICTURES).write(f"{name}.png", png(image))
             except UserError as error:  # a picture is no reason to end a run
@@ -267,7 +269,6 @@ class Leader:
             "stopped": self._stopped,
             "useful_s": self._useful_s,
             "mlflow_run_id": self._mlflow_run_id,
-            "unsent": [list(row) for row in self._tracker.unsent()],
             "experiment": self._experiment.model_dump(mode="json"),
         }
         self._saved = engine.step
@@ -281,9 +282,10 @@ class Leader:
         left = self._close(_CLOSE_TIMEOUT_S)
         if left:
             self._folder.write(UNSENT, json.dumps(left).encode())
-        if left or self._tracker.unsent_files():
+        files = self._tracker.unsent_files()
+        if left or files:
             self._warn(
-                f"{len(left)} metric values and {self._tracker.unsent_files()} pictures and files did not reach "
+                f"{len(left)} metric values and {files} files (pictures, tables, earlier values) did not reach "
                 f"{self._tracking}; they are sent when the same command runs again"
             )
 
@@ -297,6 +299,11 @@ class Leader:
     def _close(self, timeout_s: float) -> list[Row]:
         self._machines.close()
         return self._tracker.close(timeout_s)
+
+    def _unsent(self) -> dict[str, Any]:
+        self._tracker.keep()
+        # Later steps' may be among them: as if the server had taken those before the end.
+        return {"unsent": self._tracker.unsent()}
 
     def _tell_saved(self, step: int) -> None:
         self._inbox.tell("checkpoint", step=step)
@@ -345,8 +352,3 @@ def content_of(splits: Splits) -> dict[str, str | None]:
 def _named(notice: Notice) -> str:
     nodes = ", ".join(node[:8] for node in notice.nodes)
     return f"node{'s' if len(notice.nodes) > 1 else ''} {nodes}"
-
-
-def _key(metric: str) -> str:
-    """A metric's name as a key of the tracker; a class name in it may hold any character, a slash too."""
-    return "/".join(as_key(part) for part in metric.split("/", 2))

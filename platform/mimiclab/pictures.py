@@ -67,6 +67,15 @@ def side_by_side(
     return row
 
 
+def words(text: str) -> Image.Image:
+    """A small picture of a line of text, where there is nothing to draw."""
+    font = ImageFont.load_default(14)
+    left, top, right, bottom = font.getbbox(text)
+    picture = Image.new("RGB", (round(right - left) + 24, round(bottom - top) + 24), _STRIP_COLOUR)
+    ImageDraw.Draw(picture).text((12, picture.height / 2), text, "white", font, anchor="lm")
+    return picture
+
+
 def _draw_panel(base: Image.Image, panel: Panel, classes: Sequence[str], min_score: float, scale: float) -> Image.Image:
     font_size = 11 if base.width < 480 else 14
     font = ImageFont.load_default(font_size)

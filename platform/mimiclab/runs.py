@@ -8,7 +8,7 @@
     pictures/         of the last evaluation
     detections.parquet  of the best one, see detections.py
     unsent.json       metric values that the tracking server did not take, if any
-    unsent/           pictures and files that it did not take, if any
+    unsent/           pictures, files and earlier metric values that it did not take, if any
     .lease.json       who trains it now, see lease.py
 
 <storage> is a folder or any URI that pyarrow.fs knows.

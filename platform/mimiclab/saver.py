@@ -38,7 +38,7 @@ class Saver:
         *,
         keep: int,
         warn: Callable[[str], None],
-        before: Callable[[], object] = lambda: None,
+        before: Callable[[], Mapping[str, Any]] = dict,
         written: Callable[[int], object] = lambda _: None,
     ) -> None:
         """Prepare.
@@ -47,7 +47,8 @@ class Saver:
             folder: Holds the run's checkpoints; made when missing.
             keep: See `checkpoint.prune`.
             warn: Gets a line for each checkpoint that failed; called from another thread.
-            before: Called before each is written, from there too: makes last what a checkpoint takes for granted.
+            before: Called before each is written, from there too: makes last what a checkpoint takes for granted, and
+                gives more for its `meta`, which training need not wait for.
             written: Gets the step of each that was written; the same.
         """
         self._storage = storage_at(folder)
@@ -133,8 +134,7 @@ class Saver:
     def _write(self, started: float, content: tuple[Any, Any, Any], steps: Sequence[int], notice: bool) -> None:
         weights, state, meta = content
         try:
-            self._before()
-            checkpoint.save(self._storage, weights, state, meta, notice=notice)
+            checkpoint.save(self._storage, weights, state, {**meta, **self._before()}, notice=notice)
         except UserError as error:
             self._failures += 1
             self._error = error

@@ -13,7 +13,8 @@ import psutil
 import torch
 
 from mimiclab.tracking.address import sqlite_path
-from mimiclab.tracking.protocol import Tracker, as_key
+from mimiclab.tracking.keys import as_key
+from mimiclab.tracking.protocol import Tracker
 from mimiclab.tracking.runs import started
 from mimiclab.tracking.writer import MlflowTracker
 

@@ -22,11 +22,13 @@ from mimiclab.build import build_detector
 from mimiclab.data.dataset import TrainBatches
 from mimiclab.data.order import Order
 from mimiclab.data.splits import locate, read_splits
+from mimiclab.detections import read_detections
 from mimiclab.engine import Engine
 from mimiclab.errors import UserError
-from mimiclab.evaluate import evaluate
+from mimiclab.evaluate import evaluate, score
 from mimiclab.predict import load_detector
-from mimiclab.tracking.protocol import as_key, is_measured
+from mimiclab.tracking.keys import as_key, metric_keys
+from mimiclab.tracking.protocol import is_measured
 from mimiclab.train import train
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
@@ -138,6 +140,20 @@ def test_the_logged_ap_is_that_of_the_saved_weights(finished: runs.Run, root: Pa
     expected = {name: value for name, value in best.meta["metrics"].items() if not is_measured(name)}
     assert {name: again.metrics[name] for name in expected} == pytest.approx(expected, abs=1e-6)
     assert again.metrics["student/AP"] == pytest.approx(logged[best.step], abs=1e-6)
+
+
+def test_the_store_has_what_pycocotools_gives_for_the_kept_detections(finished: runs.Run, root: Path) -> None:
+    best, kept = finished.best(), read_detections(finished.storage)
+    assert kept is not None
+    assert kept.step == best.step
+    again = score(read_splits(locate(tiny(root).data)).val, [kept.heads]).metrics
+    assert {"student/AP", "teacher/AP50", "gap/AP", "student/errors/missed"} <= again.keys()
+    assert {f"student/AP/{name}" for name in finished.classes} <= again.keys()
+    client = MlflowClient(finished.tracking)
+    rows = {name: client.get_metric_history(finished.mlflow_run_id, key) for name, key in metric_keys(again).items()}
+    stored = {name: [row.value for row in found if row.step == best.step] for name, found in rows.items()}
+    assert stored == {name: [pytest.approx(value, abs=1e-9)] for name, value in again.items()}
+    assert {name: best.meta["metrics"][name] for name in again} == pytest.approx(again, abs=1e-9)
 
 
 def test_a_detector_of_one_head_goes_the_same_way(root: Path) -> None:

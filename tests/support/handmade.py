@@ -12,12 +12,18 @@ Box = tuple[int, float, float, float, float]
 """Label, x, y, width, height."""
 
 
-def truth(*images: Sequence[Box], classes: int = 3, crowds: Sequence[int] = (), folder: Path = Path()) -> CocoDataset:
+def truth(
+    *images: Sequence[Box],
+    classes: int = 3,
+    crowds: Sequence[int] = (),
+    folder: Path = Path(),
+    files: Sequence[str] | None = None,
+) -> CocoDataset:
     """A data set of 100 x 100 images with ids 10, 20, ...; category ids 3, 6, ...; `crowds` are objects' positions."""
     num = len(images)
     objects = np.array([box for boxes in images for box in boxes], np.float64).reshape(-1, 5)
     corners = np.concatenate([objects[:, 1:3], objects[:, 1:3] + objects[:, 3:5]], 1)
-    names = np.array([f"{i}.png" for i in range(num)], dtype=np.dtypes.StringDType())
+    names = np.array(files or [f"{i}.png" for i in range(num)], dtype=np.dtypes.StringDType())
     columns = Columns(
         ids=10 * np.arange(1, num + 1),
         widths=np.full(num, 100, np.int32),

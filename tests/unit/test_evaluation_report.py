@@ -11,9 +11,9 @@ from PIL import Image
 
 from mimiclab.data.coco import CocoDataset
 from mimiclab.evaluate import Evaluation, score
-from mimiclab.evaluation_report import curves_table, log_report
+from mimiclab.evaluation_report import curves_table, log_report, validation_pictures
 from mimiclab.scoring import Truth
-from mimiclab.tracking.protocol import MemoryTracker
+from mimiclab.tracking.protocol import MemoryTracker, check_picture
 
 RED: Box = (0, 10, 10, 40, 40)
 BLUE: Box = (1, 10, 10, 40, 40)
@@ -192,6 +192,38 @@ def test_the_worst_images_are_named_rated_and_shown(tracker: MemoryTracker) -> N
     assert not [name for name in tracker.files if name.endswith("worst/3.png")]
 
 
+def test_no_picture_of_an_earlier_evaluation_stays_among_the_worst(dataset: CocoDataset) -> None:
+    tracker = MemoryTracker()
+    log_report(tracker, dataset, score(dataset, [{"student": rows()}]), num_worst=4)
+    before = [tracker.files[f"evaluation/worst/{place}.png"] for place in range(1, 5)]
+    found = rows((0, RED, 0.9), (0, FAR, 0.9), (1, RED, 0.9), (2, BLUE, 0.9))
+    log_report(tracker, dataset, score(dataset, [{"student": found}]), num_worst=4)
+
+    assert [row["picture"] for row in table(tracker, "worst")] == ["evaluation/worst/1.png"]
+    others = [tracker.files[f"evaluation/worst/{place}.png"] for place in range(2, 5)]
+    assert len(set(others)) == 1
+    assert others[0] not in before
+    with Image.open(io.BytesIO(others[0])) as picture:
+        assert len(picture.getcolors()) > 2, "it says why it is empty"
+
+
+def test_images_of_like_or_long_names_have_pictures_of_their_own(tmp_path: Path) -> None:
+    files = ("cam1/000001.png", "cam2/000001.png", "猫.png", "狗.png", f"{'y' * 140}.png", "fine-1.png")
+    for number, file in enumerate(files):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (100, 100), (40, 40 * number, 90)).save(tmp_path / file)
+    dataset = truth(*[[RED]] * len(files), folder=tmp_path, files=files)
+
+    pictures = validation_pictures(dataset, {"student": rows()}, len(files))
+
+    colours = [picture.getpixel((300, 320)) for picture in pictures.values()]
+    assert colours == [(40, 40 * number, 90) for number in range(len(files))]
+    for name in pictures:
+        check_picture(f"validation/{name}", 0)
+    assert list(pictures)[-1] == "fine-1"
+    assert list(validation_pictures(dataset, {}, 2)) == ["000001", "fine-1"]
+
+
 # ---- figures ----
 
 
@@ -212,4 +244,4 @@ def test_one_head_many_classes_and_nothing_found_are_drawn_too(tmp_path: Path) -
 
         log_report(tracker, dataset, evaluation, num_worst=8)
 
-        assert len([name for name in tracker.files if name.endswith(".png")]) == 3 + (not found)
+        assert len([name for name in tracker.files if name.endswith(".png")]) == 3 + 8

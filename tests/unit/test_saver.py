@@ -241,9 +241,12 @@ def test_a_mistake_in_the_program_is_no_failure_of_the_storage(tmp_path: Path) -
 
 def test_what_a_checkpoint_takes_for_granted_is_made_to_last_before_it(tmp_path: Path, warnings: list[str]) -> None:
     seen: list[list[str]] = []
-    target = Saver(
-        tmp_path, keep=2, warn=warnings.append, before=lambda: seen.append([path.name for path in tmp_path.iterdir()])
-    )
+
+    def before() -> dict[str, object]:
+        seen.append([path.name for path in tmp_path.iterdir()])
+        return {"unsent": [1, 2]}
+
+    target = Saver(tmp_path, keep=2, warn=warnings.append, before=before)
     training = Training()
     training.step()
     training.save_with(target)
@@ -251,3 +254,4 @@ def test_what_a_checkpoint_takes_for_granted_is_made_to_last_before_it(tmp_path:
 
     assert seen == [[]]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("step-")] == ["step-00000001"]
+    assert newest(tmp_path).meta == {**training.meta(), "unsent": [1, 2]}

@@ -10,7 +10,8 @@ from mimiclab.memory import memory_mb
 from mimiclab.system import Sampler, SystemMonitor
 from mimiclab.tracking import runs
 from mimiclab.tracking.client import connect
-from mimiclab.tracking.protocol import MemoryTracker, as_key
+from mimiclab.tracking.keys import as_key
+from mimiclab.tracking.protocol import MemoryTracker
 
 CPU = torch.device("cpu")
 

@@ -16,10 +16,12 @@ from PIL import Image
 from mimiclab.errors import UserError
 from mimiclab.experiment import flatten, load_experiment
 from mimiclab.storage import Storage
-from mimiclab.tracking import runs
+from mimiclab.tracking import runs, writer
+from mimiclab.tracking.address import read_sqlite
 from mimiclab.tracking.client import connect
+from mimiclab.tracking.keys import metric_keys, picture_keys
 from mimiclab.tracking.protocol import Row, Table
-from mimiclab.tracking.writer import MlflowTracker, _end_of_steps, _send_rows
+from mimiclab.tracking.writer import MlflowTracker, _known_pictures, _send_rows
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +284,8 @@ def test_a_file_in_the_folder_that_was_not_kept_there_holds_up_none_that_was(
     assert tracker.close(30) == []
     assert (artifacts(uri, run_id) / "z.txt").read_bytes() == b"z"
     assert set(spool.sizes()) == {"picture+a+1+2", "a note"}
-    assert "picture+a+1+2: cannot identify image file" in caplog.text
+    assert "picture a of step 1 could not be made (cannot identify image file" in caplog.text
+    assert "a note: " in caplog.text
 
 
 def test_what_is_kept_outlives_the_process_and_is_gone_once_it_is_sent(uri: str, run_id: str, tmp_path: Path) -> None:
@@ -369,6 +372,41 @@ def test_rows_of_a_killed_process_arrive_from_its_checkpoint(uri: str, run_id: s
     assert times[:10] == [row.timestamp_ms for row in resend], "stamped when logged, not when sent"
 
 
+def test_a_long_outage_leaves_memory_and_arrives_in_another_process(uri: str, run_id: str, tmp_path: Path) -> None:
+    code = (  # killed with 1,000 steps of a run that nobody took: most in pages, the newest in a checkpoint
+        "import json, os, pathlib; from PIL import Image; from mimiclab.storage import Storage;"
+        "from mimiclab.tracking import backlog; from mimiclab.tracking.writer import MlflowTracker;"
+        "backlog._PAGE_ROWS = 150;"
+        f"spool = Storage({str(tmp_path / 'unsent')!r});"
+        f"tracker = MlflowTracker('http://127.0.0.1:9', {run_id!r}, spool=spool);"
+        "tracker._backlog.open();"
+        "[(tracker.log_metrics(step, {'train/loss': 1 / step, 'train/lr': 0.1}), step % 70 or tracker.keep())"
+        " for step in range(1, 1001)];"
+        "tracker.log_picture('val/1', 9, Image.new('RGB', (32, 24), 'red'));"
+        "tracker.keep();"
+        "assert not [item for item in tracker._items.values() if isinstance(item.content, Image.Image)];"
+        f"pathlib.Path({str(tmp_path / 'rows.json')!r}).write_text(json.dumps(tracker.unsent()));"
+        "os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    spool = Storage(tmp_path / "unsent")
+    resend = [Row(*fields) for fields in json.loads((tmp_path / "rows.json").read_text())]
+    assert len(resend) < 150
+    assert len(spool.sizes()) == 1 + (2000 - len(resend)) // 150
+
+    tracker = MlflowTracker(uri, run_id, resend, spool=spool)
+    train(tracker, 950, 1010)  # from an older checkpoint than it might
+    assert tracker.close(60) == []
+    assert tracker.unsent_files() == 0
+    assert spool.sizes() == {}
+    assert points(uri, run_id, "train/loss") == [(step, 1 / step) for step in range(1, 1011)]
+    assert points(uri, run_id, "train/lr") == [(step, 0.1) for step in range(1, 1011)]
+    client = connect(uri)
+    (picture,) = (file.path for file in client.list_artifacts(run_id, "images") if file.path.endswith(".png"))
+    with Image.open(client.download_artifacts(run_id, picture)) as image:
+        assert image.getpixel((0, 0)) == (255, 0, 0)
+
+
 def test_mlflow_stores_an_identical_row_once(uri: str, run_id: str) -> None:
     # The writer relies on it when the answer to a call was lost.
     rows = [Row("a", value, 1700000000000, 1) for value in (0.1, float("inf"))]
@@ -401,17 +439,33 @@ def test_many_threads_and_more_rows_than_one_call_holds(uri: str, run_id: str) -
         tracker.log_metrics(11, {"a": 0.0})
 
 
-def test_a_step_is_never_split_over_two_calls() -> None:
-    rows = [Row(f"m{i}", 0.0, 0, step) for step in range(4) for i in range(300)]
-    assert _end_of_steps(rows[:900]) == 900
-    assert _end_of_steps(rows) == 900
-    assert _end_of_steps([Row(f"m{i}", 0.0, 0, 5) for i in range(1500)]) == 1000
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_a_step_of_many_metrics_arrives_whole_and_once_also_after_a_restart_in_its_middle(
+    uri: str, run_id: str, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    values = {f"student/AP/{i}": float(i) for i in range(2500)}
+    left = iter([True] * calls)
 
-    tracker = MlflowTracker("http://127.0.0.1:9", "0" * 32, rows)  # nobody answers there: the thread sends nothing
-    assert tracker._next_rows() == rows[:900]
-    assert tracker._next_rows() == rows[:900], "the same rows until they are acknowledged"
-    assert tracker.unsent() == rows
-    assert tracker.close(0) == rows
+    def send_or_die(client: object, run_id: str, rows: list[Row]) -> None:
+        if next(left, None) is None:
+            raise ConnectionError("the machine is gone")
+        _send_rows(client, run_id, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "_send_rows", send_or_die)
+        tracker = MlflowTracker(uri, run_id)
+        tracker.log_metrics(10, values)
+        in_checkpoint = json.dumps(tracker.unsent())
+        assert len(tracker.close(3)) == 2500 - 1000 * calls
+    assert len(connect(uri).get_run(run_id).data.metrics) == 1000 * calls
+
+    tracker = MlflowTracker(uri, run_id, [Row(*fields) for fields in json.loads(in_checkpoint)])
+    tracker.log_metrics(10, values)  # evaluated again
+    tracker.log_metrics(11, values)
+    assert tracker.close(60) == []
+    stored = read_sqlite(Path(uri.removeprefix("sqlite:///")), "SELECT run_uuid, key, value, step FROM metrics")
+    found = [(row[1], row[2], row[3]) for row in stored if row[0] == run_id]
+    assert sorted(found) == sorted((key, value, step) for key, value in values.items() for step in (10, 11))
 
 
 def test_a_picture_of_a_repeated_step_is_not_stored_again(uri: str, run_id: str) -> None:
@@ -425,6 +479,21 @@ def test_a_picture_of_a_repeated_step_is_not_stored_again(uri: str, run_id: str)
     with Image.open(client.download_artifacts(run_id, picture)) as image:
         assert image.size == (32, 24)
         assert image.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_names_of_any_language_and_length_arrive_under_keys_of_their_own(uri: str, run_id: str) -> None:
+    names = ("猫", "狗", "Größe", "Grüße", "a(b", "a[b", "x" * 300, "x" * 301)
+    metrics, pictures = metric_keys(f"student/AP/{name}" for name in names), picture_keys(dict(enumerate(names)))
+    tracker = MlflowTracker(uri, run_id)
+    tracker.log_metrics(1, {key: number / 10 for number, key in enumerate(metrics.values())})
+    for key in pictures.values():
+        tracker.log_picture(f"validation/{key}", 1, Image.new("RGB", (32, 24), "red"))
+    assert tracker.close(30) == []
+    stored = connect(uri).get_run(run_id).data.metrics
+    assert [stored[key] for key in metrics.values()] == [number / 10 for number in range(len(names))]
+    assert stored["student/AP/猫"] == 0.0
+    known = _known_pictures(connect(uri), run_id)
+    assert known == {(f"validation/{key}", 1) for key in pictures.values()}
 
 
 def test_without_a_server_the_rows_are_kept_and_nobody_waits() -> None:

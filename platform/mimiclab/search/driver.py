@@ -286,14 +286,15 @@ def _open_run(experiment: Experiment, uri: str, parent: str) -> str:
 
 
 def _send_rest(run: runs.Run) -> None:
-    """Send the metrics that the last checkpoint holds and that the tracking server had not acknowledged."""
+    """Send what the tracking server had not acknowledged: what the run keeps and what its last checkpoint holds."""
     from mimiclab import checkpoint
     from mimiclab.tracking.protocol import Row
 
     newest = checkpoint.latest(run.checkpoints, warn=lambda _: None, deep=False)
-    if newest is not None and newest.meta["unsent"]:
-        rows = [Row(*row) for row in newest.meta["unsent"]]
-        MlflowTracker(run.tracking, run.mlflow_run_id, rows).close(_SEND_TIMEOUT_S)
+    rows = [Row(*row) for row in newest.meta["unsent"]] if newest is not None else []
+    kept = run.storage / runs.UNSENT_FILES
+    if rows or kept.sizes():
+        MlflowTracker(run.tracking, run.mlflow_run_id, rows, spool=kept).close(_SEND_TIMEOUT_S)
 
 
 def _conclude(

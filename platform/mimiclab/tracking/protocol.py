@@ -15,9 +15,6 @@ _METRIC_KEY = re.compile(r"[\w.\- :/]{1,250}")
 _PICTURE_KEY = re.compile(r"[a-zA-Z0-9_\-./ ]{1,150}")
 _FILE_NAME = _PICTURE_KEY
 
-MAX_METRICS_PER_STEP = 1000
-"""One transaction holds so many rows; a step's rows share one."""
-
 
 class Row(NamedTuple):
     """One value of one metric. ``json.dumps`` writes it as a list; ``Row(*fields)`` reads it back."""
@@ -82,28 +79,26 @@ class Tracker(Protocol):
         ...
 
     def unsent(self) -> list[Row]:
-        """The rows that the server has not acknowledged, in order of steps; a checkpoint carries them."""
-        ...
+        """The rows that the server has not acknowledged and `keep` did not put away, in order of steps.
 
-    def close(self, timeout_s: float) -> list[Row]:
-        """Send what is left for at most ``timeout_s`` seconds and return what could not be sent."""
-        ...
-
-    def unsent_files(self) -> int:
-        """How many pictures and files the server does not have."""
-        ...
-
-    def keep(self) -> None:
-        """Put the pictures and files that the server does not have where the next process finds them; waits for it.
-
-        May be called from any thread.
+        A checkpoint carries them.
         """
         ...
 
+    def close(self, timeout_s: float) -> list[Row]:
+        """Send what is left for at most ``timeout_s`` seconds and return what is `unsent` then."""
+        ...
 
-def as_key(text: str) -> str:
-    """``text`` with every character that some key may not hold as "_"; for names from data, as of classes."""
-    return re.sub(r"[^a-zA-Z0-9_\-. ]", "_", text)
+    def unsent_files(self) -> int:
+        """How many files the server does not have: pictures, figures, tables, and what `keep` made of rows."""
+        ...
+
+    def keep(self) -> None:
+        """Put what the server does not have where the next process finds it; waits for that.
+
+        All but the newest rows, which are not worth a file. May be called from any thread.
+        """
+        ...
 
 
 def make_rows(step: int, values: Mapping[str, float]) -> list[Row]:
@@ -113,12 +108,10 @@ def make_rows(step: int, values: Mapping[str, float]) -> list[Row]:
     such, infinities as the largest double.)
 
     Raises:
-        ValueError: The step is negative, a key cannot be used, or there are too many values.
+        ValueError: The step is negative, or a key cannot be used.
     """
     if step < 0:
         raise ValueError(f"step is {step}; expected >= 0")
-    if len(values) > MAX_METRICS_PER_STEP:
-        raise ValueError(f"step {step} has {len(values)} metrics; expected <= {MAX_METRICS_PER_STEP}")
     for key in values:
         if not _METRIC_KEY.fullmatch(key) or not _is_plain_path(key):
             raise ValueError(f"metric key {key!r}; expected letters, digits and any of '_-.: /'")

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mimiclab.tracking.client import connect, explained
+from mimiclab.tracking.keys import metric_keys
 from mimiclab.tracking.parents import KIND_TAG, NOTE_TAG, PARENT_TAG, Status, end_parent, open_parent
-from mimiclab.tracking.protocol import as_key
 from mimiclab.tracking.runs import set_tags
 
 __all__ = [
@@ -47,9 +47,8 @@ def best_key(metric: str, *, is_sum: bool = False) -> str:
         metric: Its name, in which that of a class may hold any character.
         is_sum: Whether it is a sum of several, whose slashes would group it by the first of them.
     """
-    if is_sum:
-        return f"best/{as_key(metric.replace(' + ', ' plus '))}"
-    return "/".join(["best", *map(as_key, metric.split("/", 2))])
+    name = f"best/{metric.replace(' + ', ' plus ') if is_sum else metric}"
+    return metric_keys([name], num_groups=1 if is_sum else 3)[name]
 
 
 @explained

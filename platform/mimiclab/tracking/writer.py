@@ -3,30 +3,32 @@
 A step's rows are put into memory and a thread sends them about once a second. What makes the history exact
 over crashes, outages and restarts:
 
-* Rows leave in order of steps, and a step's rows in one transaction. So what the server has of a series is
-  always a beginning of it, and its last step says everything: a row at or before that step is not sent again.
+* Rows leave in order of steps, and a step's rows in one transaction, up to 1,000 of them. So what the server
+  has of a series is always a beginning of it, and its last step says everything: a row at or before that step is
+  not sent again.
 * A row keeps the time at which it was logged. A call whose answer was lost is made again with identical
   rows, which MLflow stores once.
-* A row is given up only when the server has acknowledged it. Until then `unsent` returns it, checkpoints
-  carry it, and the next process resends it first.
+* A row is given up only when the server has acknowledged it. Until then checkpoints carry it, or a page in the
+  spool does, see `backlog`, and the next process resends it first.
 
 Pictures and files follow the rows. What the server does not take is kept in the spool, a folder of the run, until
 it does: for the next process too. What waits when a checkpoint is written is kept there first, so that a process that
-is killed loses none that the next one does not make again.
+is killed loses none that the next one does not make again. What is kept is read again when it is sent.
 """
 
-import bisect
 import json
 import logging
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from mimiclab.tracking.backlog import Backlog
 from mimiclab.tracking.client import connect, load, mistake
 from mimiclab.tracking.protocol import Content, Row, Table, check_file, check_picture, make_rows
 from mimiclab.tracking.spool import File, Item, Picture, Spool
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
 _INTERVAL_S = 1.0
 _MAX_BACK_OFF_S = 15.0
 _CLOSING_BACK_OFF_S = 0.5
-_MAX_ROWS_PER_CALL = 1000
 
 _log = logging.getLogger(__name__)
 
@@ -58,16 +59,15 @@ class MlflowTracker:
         uri: The tracking store.
         run_id: MLflow's id of the run, from `mimiclab.tracking.runs.open_run`.
         resend: Rows that the checkpoint carries because the server had not acknowledged them.
-        spool: Folder for pictures and files that the server does not take; what is there already is sent. Without
-            one they are lost with the process.
+        spool: Folder for pictures, files and old rows that the server does not take; what is there already is sent.
+            Without one pictures and files are lost with the process, and all rows stay in memory.
     """
 
     def __init__(self, uri: str, run_id: str, resend: Sequence[Row] = (), *, spool: "Storage | None" = None) -> None:
         self._uri = uri
         self._run_id = run_id
         self._lock = threading.Lock()
-        self._waiting: list[Row] = sorted(resend, key=_step)
-        self._sending: list[Row] = []
+        self._backlog = Backlog(spool, resend)
         self._items: dict[str, Item] = {}
         self._spool = Spool(spool)
         self._tags: dict[str, str] = {}
@@ -86,8 +86,7 @@ class MlflowTracker:
         rows = make_rows(step, values)
         with self._lock:
             self._check_open()
-            for row in rows:
-                bisect.insort_right(self._waiting, row, key=_step)
+            self._backlog.add(rows)
 
     def log_picture(self, key: str, step: int, image: Image.Image) -> None:
         """See `mimiclab.tracking.protocol.Tracker.log_picture`."""
@@ -113,8 +112,7 @@ class MlflowTracker:
 
     def unsent(self) -> list[Row]:
         """See `mimiclab.tracking.protocol.Tracker.unsent`."""
-        with self._lock:
-            return self._sending + self._waiting
+        return self._backlog.in_memory()
 
     def close(self, timeout_s: float) -> list[Row]:
         """See `mimiclab.tracking.protocol.Tracker.close`.
@@ -127,17 +125,18 @@ class MlflowTracker:
             self._closing.set()
         self._thread.join(timeout_s)
         if left := self.unsent_files():
-            self.keep()
-            _log.warning("%d pictures and files could not be sent to MLflow at %s", left, self._uri)
+            _log.warning("%d files could not be sent to MLflow at %s", left, self._uri)
+        self.keep()
         return self.unsent()
 
     def unsent_files(self) -> int:
         """See `mimiclab.tracking.protocol.Tracker.unsent_files`."""
         with self._lock:
-            return len(self._items)
+            return len(self._items) + self._backlog.num_pages()
 
     def keep(self) -> None:
         """See `mimiclab.tracking.protocol.Tracker.keep`."""
+        self._backlog.keep()
         with self._lock:
             items = list(self._items.values())
         for item in items:
@@ -145,13 +144,16 @@ class MlflowTracker:
             with self._lock:
                 is_sent = self._items.get(item.id) is not item
             if is_sent:  # meanwhile
-                self._spool.remove(item)
+                self._forget(item)
 
     def _put(self, item: Item) -> None:
         with self._lock:
             self._check_open()
             # A newer file of a name takes the place of one that waits; a picture of a step is always the same.
             self._items[item.id] = item
+
+    def _forget(self, item: Item) -> None:
+        self._spool.remove(item, waits=lambda: item.id in self._items)
 
     def _check_open(self) -> None:
         if self._closing.is_set():
@@ -189,26 +191,49 @@ class MlflowTracker:
                 return
 
     def _send(self) -> None:
+        self._backlog.open()
         if self._client is None:
             client = connect(self._uri)
             self._last = _last_steps(client, self._run_id)
             self._client = client
-        while (rows := self._next_rows()) and time.monotonic() < self._deadline:
-            _send_rows(self._client, self._run_id, rows)
-            with self._lock:
-                self._sending = []
+        while (rows := self._backlog.take()) and time.monotonic() < self._deadline:
+            self._send_unknown(self._client, rows)
+            self._backlog.acknowledged(rows)
         self._send_tags(self._client)
         while (item := self._next_item()) and time.monotonic() < self._deadline:
-            if isinstance(item, Picture):
-                self._send_picture(self._client, item)
-            else:
-                self._send_file(self._client, item)
+            is_readable = self._send_item(self._client, item)
             with self._lock:
                 is_newest = self._items[item.id] is item
                 if is_newest:
                     del self._items[item.id]
-            if is_newest:
-                self._spool.remove(item)
+            if is_newest and (is_readable or not item.is_kept):
+                self._forget(item)
+
+    def _send_unknown(self, client: "MlflowClient", rows: Sequence[Row]) -> None:
+        """Send those rows that the server does not have."""
+        last: dict[str, int] = {}
+        unknown = []
+        for row in rows:
+            if row.step > last.get(row.key, self._last.get(row.key, -1)):
+                last[row.key] = row.step
+                unknown.append(row)
+        if unknown:
+            _send_rows(client, self._run_id, unknown)
+            self._last.update(last)
+
+    def _send_item(self, client: "MlflowClient", item: Item) -> bool:
+        """Send a picture or a file; false where it cannot be read or drawn, which must not hold up the others."""
+        try:
+            send = (
+                partial(self._send_picture, client, item, item.image())
+                if isinstance(item, Picture)
+                else partial(self._send_file, client, item, item.read())
+            )
+        except Exception as error:
+            _log.warning("%s could not be made (%s)", item.name, error)
+            return False
+        send()
+        return True
 
     def _next_item(self) -> Item | None:
         with self._lock:
@@ -223,27 +248,7 @@ class MlflowTracker:
             with self._lock:
                 self._tags = {key: value for key, value in self._tags.items() if tags.get(key) != value}
 
-    def _next_rows(self) -> list[Row]:
-        """The rows of the next call: those of the last one if it failed, else new ones of whole steps."""
-        with self._lock:
-            while self._waiting and not self._sending:
-                end = _end_of_steps(self._waiting)
-                self._sending = list(self._unknown(self._waiting[:end]))
-                del self._waiting[:end]
-            return self._sending
-
-    def _unknown(self, rows: Iterable[Row]) -> Iterable[Row]:
-        for row in rows:
-            if row.step > self._last.get(row.key, -1):
-                self._last[row.key] = row.step
-                yield row
-
-    def _send_file(self, client: "MlflowClient", file: File) -> None:
-        try:
-            content = file.read()
-        except Exception as error:  # a picture that cannot be drawn is no reason to hold up the others
-            _log.warning("%s could not be made (%s)", file.name, error)
-            return
+    def _send_file(self, client: "MlflowClient", file: File, content: bytes) -> None:
         path = Path(file.name)
         with tempfile.TemporaryDirectory(prefix="mimiclab-") as folder:
             local = Path(folder) / path.name
@@ -262,13 +267,13 @@ class MlflowTracker:
             client.set_tag(self._run_id, _TABLES_TAG, value, synchronous=True)
             self._tables.add(name)
 
-    def _send_picture(self, client: "MlflowClient", file: Picture) -> None:
+    def _send_picture(self, client: "MlflowClient", file: Picture, image: Image.Image) -> None:
         known = self._pictures if self._pictures is not None else _known_pictures(client, self._run_id)
         self._pictures = None  # unknown until this one has arrived
         if (file.key, file.step) not in known:
             client.log_image(
                 self._run_id,
-                file.image,
+                image,
                 key=file.key,
                 step=file.step,
                 timestamp=file.timestamp_ms,
@@ -277,22 +282,10 @@ class MlflowTracker:
         self._pictures = known | {(file.key, file.step)}
 
 
-def _step(row: Row) -> int:
-    return row.step
-
-
-def _end_of_steps(rows: Sequence[Row]) -> int:
-    """How many of the first rows fit one call without splitting a step; ``rows`` are in order of steps."""
-    # MLflow's client would cut longer lists by itself, anywhere.
-    if len(rows) <= _MAX_ROWS_PER_CALL:
-        return len(rows)
-    end = bisect.bisect_left(rows, rows[_MAX_ROWS_PER_CALL].step, key=_step)
-    return end or _MAX_ROWS_PER_CALL  # several calls may have logged more of one step than fits
-
-
 def _send_rows(client: "MlflowClient", run_id: str, rows: Sequence[Row]) -> None:
     from mlflow.entities import Metric
 
+    # Of more than 1,000 MLflow's client would make several calls by itself, in the middle of a step.
     client.log_batch(run_id, metrics=[Metric(*row) for row in rows], synchronous=True)
 
 
