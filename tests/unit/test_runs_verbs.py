@@ -1,7 +1,11 @@
 """`mimiclab runs list` and `mimiclab runs rm`: what is there, and what goes, on disk and in MLflow."""
 
+import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,15 +195,13 @@ def test_rm_frees_the_folder_and_marks_mlflows_run(root: Path, mimiclab: Command
     assert shown.startswith("x, ")
     assert shown.endswith(f" in {root}/runs/x, MLflow's run {run.mlflow_run_id}")
     assert removed == f"removed {shown}"
-    assert collect.endswith(f": mlflow gc --backend-store-uri {run.tracking} --run-ids {run.mlflow_run_id}")
+    assert collect.startswith(f"MLflow at {run.tracking} marks 1 run as deleted; to free what it keeps: ")
 
 
 @pytest.mark.parametrize(("answer", "there"), [("n\n", True), ("", True), ("y\n", False)])
 def test_rm_asks_first(
     root: Path, mimiclab: Command, monkeypatch: pytest.MonkeyPatch, answer: str, there: bool
 ) -> None:
-    import io
-
     run = make(root, "x")
     monkeypatch.setattr("sys.stdin", io.StringIO(answer))
 
@@ -289,7 +291,7 @@ def test_rm_that_was_interrupted_is_gone_on_with(root: Path, stop: int, monkeypa
 
     def rm() -> None:
         stores = Stores(None)
-        wanted = removal.targets(["hunt"], "./runs", stores, files_only=False)
+        wanted, _ = removal.targets(["hunt"], "./runs", stores, files_only=False)
         removal.remove(wanted, stores, lambda _: None)
 
     with monkeypatch.context() as patch:
@@ -351,15 +353,64 @@ def test_rm_of_a_link_removes_the_link_alone(root: Path, mimiclab: Command) -> N
     assert len(list(elsewhere.iterdir())) == 2
 
 
-def test_rm_says_which_registered_models_were_made_of_a_run(root: Path, mimiclab: Command) -> None:
-    run = make(root, "x")
+def log_model(run: Run) -> Path:
+    """A file of a model of the run, where MLflow keeps it."""
     client = connect(run.tracking)
-    client.create_registered_model("detector")
-    client.create_model_version("detector", f"{root}/mlflow-artifacts", run.mlflow_run_id)
+    project = client.get_run(run.mlflow_run_id).info.experiment_id
+    model = client.create_logged_model(project, run.name, source_run_id=run.mlflow_run_id)
+    client.log_model_artifacts(model.model_id, str(run.folder))
+    return Path(model.artifact_location.removeprefix("file://")) / RUN
 
-    out = mimiclab("rm", "x", "--yes")[1]
 
-    assert "the registered model detector version 1 was made of one of these" in out
+def make_version(run: Run, name: str = "detector") -> None:
+    client = connect(run.tracking)
+    client.create_registered_model(name)
+    client.create_model_version(name, f"{run.folder}", run.mlflow_run_id)
+
+
+@pytest.mark.slow
+def test_the_command_that_rm_prints_frees_the_model_and_keeps_a_registered_one(
+    root: Path, mimiclab: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, kept = make(root, "x"), make(root, "y")
+    files = [log_model(gone), log_model(kept)]
+    make_version(kept)
+    assert [file.exists() for file in files] == [True, True]
+
+    code, out, err = mimiclab("rm", "x", "y", "--yes")
+
+    assert (code, err) == (0, "")
+    assert "y stays in MLflow: detector version 1 was registered from it\n" in out
+    assert left(root) == []
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    command = out.splitlines()[-1].partition("to free what it keeps: ")[2]
+    subprocess.run(["sh", "-c", command], check=True)
+    assert [file.exists() for file in files] == [False, True]
+    assert list(Stores(None).of(kept.tracking).by_ids([gone.mlflow_run_id, kept.mlflow_run_id])) == [kept.mlflow_run_id]
+
+
+def test_rm_asks_whether_a_registered_run_and_its_search_may_stay_in_mlflow(
+    root: Path, mimiclab: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = make_search(root)
+    trials = [runs.find(f"hunt-trial-{n:02d}") for n in range(2)]
+    ids = [parent, *(trial.mlflow_run_id for trial in trials)]
+    make_version(trials[0])
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+
+    code, out, _ = mimiclab("rm", "hunt")
+
+    assert code == 0
+    assert "hunt-trial-00 stays in MLflow: detector version 1 was registered from it\n" in out
+    assert "hunt stays in MLflow: hunt-trial-00 does\n" in out
+    assert ", but leave 2 in MLflow? [y/N]" in out
+    assert left(root) == []
+    assert stages(root, *ids) == ["active", "active", "deleted"]
+    assert mimiclab("rm", "hunt")[1].endswith("hunt stays in MLflow: hunt-trial-00 does\nnothing to remove\n")
+    connect(trials[0].tracking).delete_model_version("detector", "1")
+    assert mimiclab("rm", "hunt", "--yes")[0] == 0
+    assert stages(root, *ids) == ["deleted"] * 3
 
 
 # ---- names ----
