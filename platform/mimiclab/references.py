@@ -25,7 +25,7 @@ DEFAULT_TRACKING = "sqlite:///mlflow.db"
 SEARCH_FILE = "search.yaml"
 """What makes a folder that of a search."""
 
-_MEMBER = re.compile(r"(?P<group>.+)-(trial-\d{2,}|seed-\d+)")
+_MEMBER = re.compile(r"(?P<group>.+?)-(trial-\d{2,}(?P<repeat>-seed-\d+)?|seed-\d+)")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _ID, _WHOLE_ID = re.compile(r"[0-9a-f]{6,32}"), re.compile(r"[0-9a-f]{32}")
 # Files are asked for one by one; a bucket answers many at a time.
@@ -46,6 +46,12 @@ class Found:
     """As MLflow has it, if it does."""
     group: str | None = None
     """The search or the group of seeds whose name stood for it."""
+
+    @property
+    def is_repeat(self) -> bool:
+        """Whether the search whose name stood for it repeats a trial with it."""
+        matched = _MEMBER.fullmatch(self.name)
+        return matched is not None and matched["group"] == self.group and matched["repeat"] is not None
 
 
 @dataclass(frozen=True)
@@ -266,7 +272,7 @@ def _in_folder(storage: Storage) -> Meant:
 
 
 def _members(place: Storage, names: Sequence[str], group: str) -> tuple[Found, ...]:
-    """The trials or seeds of a group."""
+    """The trials, with what repeats them, or the seeds of a group."""
     own = [name for name in names if group_of(name) == group]
     read = in_threads(runs.read, [place / name for name in own])
     return tuple(Found(run.name, run, group=group) for run in read if run is not None)

@@ -26,6 +26,8 @@ from mimiclab.tracking.client import connect
 
 Command = Callable[..., tuple[int, str, str]]
 METRICS = {"student/AP": 0.5, "student/AP50": 0.75}
+TRIALS = ["hunt-trial-00", "hunt-trial-00-seed-1", "hunt-trial-01"]
+"""Of a search that repeats what finishes."""
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def make_group(root: Path, kind: parents.Kind, name: str, *members: str) -> str:
 
 
 def make_search(root: Path) -> str:
-    parent = make_group(root, "search", "hunt", "hunt-trial-00", "hunt-trial-01")
+    parent = make_group(root, "search", "hunt", *TRIALS)
     folder = Storage(root / "runs" / "hunt")
     folder.write(SEARCH_FILE, resolved_yaml(experiment(root, "hunt")).encode())
     folder.write("record.jsonl", b"")
@@ -102,7 +104,7 @@ def test_list_says_how_each_run_stands_and_what_it_takes(root: Path, mimiclab: C
 
     assert (code, err) == (0, "")
     items = {item.pop("name"): item for item in json.loads(out)}
-    assert list(items) == ["good", "hunt", "hunt-trial-00", "hunt-trial-01", "poor"]
+    assert list(items) == ["good", "hunt", *TRIALS, "poor"]
     good = items["good"]
     size = sum(file.stat().st_size for file in (root / "runs" / "good").rglob("*") if file.is_file())
     assert (good["status"], good["step"], good["metric"], good["best"]) == ("finished", 25, "student/AP", 0.75)
@@ -230,12 +232,12 @@ def test_rm_of_a_search_takes_its_trials_and_its_record(root: Path, mimiclab: Co
     alone = make(root, "hunt-trial-07", parent=parent)  # a trial without a folder
     shutil.rmtree(alone.folder)
     near = make(root, "hunt-trial")
-    trials = [runs.find(f"hunt-trial-{n:02d}").mlflow_run_id for n in range(2)]
+    trials = [runs.find(name).mlflow_run_id for name in TRIALS]
 
     assert mimiclab("rm", "hunt", "--yes")[0] == 0
 
     assert left(root) == ["hunt-trial"]
-    assert stages(root, parent, *trials, alone.mlflow_run_id) == ["deleted"] * 4
+    assert stages(root, parent, *trials, alone.mlflow_run_id) == ["deleted"] * 5
     assert stages(root, near.mlflow_run_id) == ["active"]
 
 
@@ -254,29 +256,29 @@ def test_rm_of_one_trial_leaves_the_others(root: Path, mimiclab: Command) -> Non
 
     assert mimiclab("rm", "hunt-trial-01", "--yes")[0] == 0
 
-    assert left(root) == ["hunt", "hunt-trial-00"]
+    assert left(root) == ["hunt", *TRIALS[:2]]
     assert stages(root, parent, other) == ["active", "active"]
 
 
-@pytest.mark.parametrize("busy", ["hunt-trial-01", "hunt"])
-@pytest.mark.parametrize("wanted", ["hunt", "hunt-trial-01"])
+@pytest.mark.parametrize("busy", ["itself", "hunt"])
+@pytest.mark.parametrize("wanted", ["hunt", "hunt-trial-01", "hunt-trial-00-seed-1"])
 def test_rm_refuses_what_a_driver_is_at_work_on(root: Path, mimiclab: Command, busy: str, wanted: str) -> None:
     parent = make_search(root)
+    busy = wanted if busy == "itself" else busy
     with Lease.take(Storage(root / "runs" / busy), busy):
         code, out, err = mimiclab("rm", wanted, "--yes")
 
     assert (code, out) == (2, "")
     assert "is at work in " in err
     assert err.endswith(f"runs/{busy}; expected it to be stopped first\n")
-    assert left(root) == ["hunt", "hunt-trial-00", "hunt-trial-01"]
+    assert left(root) == ["hunt", *TRIALS]
     assert stages(root, parent) == ["active"]
 
 
-@pytest.mark.parametrize("stop", range(1, 11))
+@pytest.mark.parametrize("stop", range(1, 13))
 def test_rm_that_was_interrupted_is_gone_on_with(root: Path, stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
     parent = make_search(root)
-    trials = [runs.find(f"hunt-trial-{n:02d}").mlflow_run_id for n in range(2)]
-    before = [parent, *trials]
+    before = [parent, *(runs.find(name).mlflow_run_id for name in TRIALS)]
     calls = 0
 
     def counted(method: Callable[[Storage, str], None]) -> Callable[[Storage, str], None]:
@@ -306,7 +308,7 @@ def test_rm_that_was_interrupted_is_gone_on_with(root: Path, stop: int, monkeypa
             assert calls < stop
 
     assert left(root) == []
-    assert stages(root, *before) == ["deleted"] * 3
+    assert stages(root, *before) == ["deleted"] * 4
 
 
 def test_rm_that_was_stopped_before_the_groups_record_is_gone_on_with(root: Path, mimiclab: Command) -> None:
@@ -394,7 +396,7 @@ def test_rm_asks_whether_a_registered_run_and_its_search_may_stay_in_mlflow(
     root: Path, mimiclab: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parent = make_search(root)
-    trials = [runs.find(f"hunt-trial-{n:02d}") for n in range(2)]
+    trials = [runs.find(name) for name in TRIALS]
     ids = [parent, *(trial.mlflow_run_id for trial in trials)]
     make_version(trials[0])
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
@@ -406,11 +408,11 @@ def test_rm_asks_whether_a_registered_run_and_its_search_may_stay_in_mlflow(
     assert "hunt stays in MLflow: hunt-trial-00 does\n" in out
     assert ", but leave 2 in MLflow? [y/N]" in out
     assert left(root) == []
-    assert stages(root, *ids) == ["active", "active", "deleted"]
+    assert stages(root, *ids) == ["active", "active", "deleted", "deleted"]
     assert mimiclab("rm", "hunt")[1].endswith("hunt stays in MLflow: hunt-trial-00 does\nnothing to remove\n")
     connect(trials[0].tracking).delete_model_version("detector", "1")
     assert mimiclab("rm", "hunt", "--yes")[0] == 0
-    assert stages(root, *ids) == ["deleted"] * 3
+    assert stages(root, *ids) == ["deleted"] * 4
 
 
 # ---- names ----
