@@ -15,6 +15,7 @@ from mimiclab import runs
 from mimiclab.errors import UserError
 from mimiclab.runs import Run
 from mimiclab.storage import MissingError, Storage
+from mimiclab.tracking.address import sqlite_path
 
 if TYPE_CHECKING:
     from mimiclab.tracking.records import Record, Store
@@ -78,7 +79,7 @@ class Stores:
     """
 
     def __init__(self, uri: str | None) -> None:
-        self._uri = uri
+        self.uri = uri
         self._open: dict[str, Store] = {}
 
     def of(self, uri: str) -> Store:
@@ -89,7 +90,7 @@ class Stores:
         """
         from mimiclab.tracking.records import Store
 
-        uri = self._uri or uri
+        uri = self.uri or uri
         if uri not in self._open:
             self._open[uri] = Store(uri)
         return self._open[uri]
@@ -121,7 +122,15 @@ def find(references: Sequence[str], storage: str, stores: Stores) -> dict[str, M
     """
     meant = in_folders(references, storage)
     unknown = [reference for reference, found in meant.items() if not found.is_known]
-    return meant | (in_mlflow(unknown, stores.of(DEFAULT_TRACKING), storage) if unknown else {})
+    if not unknown:
+        return meant
+    file = sqlite_path(DEFAULT_TRACKING)
+    if stores.uri is None and file is not None and not file.exists():
+        raise UserError(
+            f"run {unknown[0]}: there is no such name, id or folder; looked in {place_of_runs(storage).name}, and "
+            f"MLflow was not asked: there is no {file}, and --tracking names no other store"
+        )
+    return meant | in_mlflow(unknown, stores.of(DEFAULT_TRACKING), storage)
 
 
 def in_folders(references: Sequence[str], storage: str) -> dict[str, Meant]:

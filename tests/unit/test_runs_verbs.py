@@ -418,6 +418,25 @@ def test_rm_asks_whether_a_registered_run_and_its_search_may_stay_in_mlflow(
 # ---- names ----
 
 
+@pytest.mark.parametrize(
+    "args", [["runs", "rm", "nobody"], ["runs", "rm", "nobody", "--files-only"], ["compare", "nobody", "x"]]
+)
+def test_an_unknown_name_without_a_store_is_told_of_as_a_name(
+    root: Path, args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "mlflow.db").unlink()
+
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: run nobody: there is no such name, id or folder; looked in {root}/runs, and MLflow was not asked: "
+        f"there is no {root}/mlflow.db, and --tracking names no other store\n"
+    )
+    assert not (root / "mlflow.db").exists()
+
+
 def test_a_name_that_means_two_things_is_refused(root: Path, mimiclab: Command) -> None:
     make(root, "x")
     make(root, "x-seed-0")
