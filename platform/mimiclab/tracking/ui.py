@@ -19,6 +19,7 @@ from mimiclab.tracking.address import absolute_uri, artifact_folder, check_track
 from mimiclab.tracking.client import ENVIRONMENT, connect, refusals_explained
 from mimiclab.tracking.pages import charts_of, compare_page, run_page, runs_page, shared_view_page
 from mimiclab.tracking.parents import KIND_TAG, PARENT_TAG
+from mimiclab.tracking.runs import FORGOTTEN_TAG
 from mimiclab.tracking.searches import newest_search
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ def _links(client: "MlflowClient", uri: str, base_url: str, project: str, experi
     if not newest:
         return {}
     runs = _search(client, experiment_id, *_BEST_FIRST)
-    links = _view_links(client, base_url, experiment_id, "leaderboard", "leaderboard", runs, "")
+    links = _view_links(client, base_url, experiment_id, "leaderboard", "leaderboard", runs, _LISTED)
 
     best = _evaluated(runs)[:_NUM_BEST]
     if len(best) > 1:
@@ -247,7 +248,7 @@ def _links(client: "MlflowClient", uri: str, base_url: str, project: str, experi
     search = newest_search(uri, project)
     if search is not None and search.trials:
         parent = client.get_run(search.trials[0]).data.tags[PARENT_TAG]
-        query = f"tags.`{PARENT_TAG}` = '{parent}'"
+        query = f"tags.`{PARENT_TAG}` = '{parent}' AND {_LISTED}"
         trials = _evaluated(_search(client, experiment_id, *_BEST_FIRST, query=query))
         name = f"trials of {search.name}"
         if len(trials) > 1:
@@ -262,10 +263,12 @@ def _links(client: "MlflowClient", uri: str, base_url: str, project: str, experi
     return links
 
 
+# What --fresh discarded is not.
+_LISTED = f"tags.`{FORGOTTEN_TAG}` IS NULL"
 _BEST_FIRST = (f"metrics.`{views.METRIC}` DESC", "attributes.start_time DESC")
 
 
-def _search(client: "MlflowClient", experiment_id: str, *order: str, query: str = "") -> "list[Run]":
+def _search(client: "MlflowClient", experiment_id: str, *order: str, query: str = _LISTED) -> "list[Run]":
     return list(client.search_runs([experiment_id], query, order_by=list(order), max_results=_MAX_RUNS))
 
 
@@ -291,8 +294,9 @@ def _view_links(
         if error.get_http_status_code() != 403:
             raise
         # Who may only read gets MLflow's own pages.
-        table = runs_page(base_url, experiment_id)
-        charts = compare_page(base_url, experiment_id, [run.info.run_id for run in runs]) if query else charts_of(table)
+        table = runs_page(base_url, experiment_id, query)
+        ids = [run.info.run_id for run in runs]
+        charts = charts_of(table) if query == _LISTED else compare_page(base_url, experiment_id, ids)
     else:
         table = shared_view_page(base_url, experiment_id, key)
         charts = charts_of(table)
