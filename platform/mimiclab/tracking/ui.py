@@ -34,6 +34,7 @@ _MAX_RUNS = 200  # that the columns of a view are chosen by
 
 _START_TIMEOUT_S = 120
 _STOP_TIMEOUT_S = 10
+_LINES_SHOWN = 10
 
 
 def place_of(uri: str, run_id: str) -> str:
@@ -112,10 +113,11 @@ def server(uri: str, port: int, say: Callable[[str], None] = print) -> Iterator[
         The server, once it answers.
 
     Raises:
-        UserError: The port is in use.
-        RuntimeError: The server ended or did not answer within two minutes; with the end of its output.
+        UserError: The port is in use; or the server ended or did not answer within two minutes, with the end of its
+            output.
     """
     base_url = f"http://127.0.0.1:{_free(port)}"
+    _bypass_proxies()
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             _command(uri, port),
@@ -135,12 +137,24 @@ def server(uri: str, port: int, say: Callable[[str], None] = print) -> Iterator[
         )
         try:
             if not _wait_until_healthy(process, base_url, say):
+                code = process.poll()
+                found = f"did not answer within {_START_TIMEOUT_S} s" if code is None else f"ended with code {code}"
                 output.seek(0)
-                tail = output.read().decode(errors="replace")[-2000:]
-                raise RuntimeError(f"the MLflow server at {base_url} did not start:\n{tail}")
+                last = output.read().decode(errors="replace").splitlines()[-_LINES_SHOWN:]
+                raise UserError(
+                    f"where.tracking: {uri}: its MLflow server {found}; expected it to answer at {base_url}. It said "
+                    "last:\n" + "\n".join(last)
+                )
             yield Server(base_url, process)
         finally:
             _stop(process)
+
+
+def _bypass_proxies() -> None:
+    """Have what this process, and MLflow in it, asks of 127.0.0.1 go there, whatever proxy the environment names."""
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if known != "*":
+        os.environ["no_proxy"] = f"{known},127.0.0.1".lstrip(",")
 
 
 def _command(uri: str, port: int) -> list[str]:
