@@ -15,6 +15,7 @@ from mimiclab import runs
 from mimiclab.errors import UserError
 from mimiclab.runs import Run
 from mimiclab.storage import MissingError, Storage
+from mimiclab.tracking.address import sqlite_path
 
 if TYPE_CHECKING:
     from mimiclab.tracking.records import Record, Store
@@ -25,7 +26,7 @@ DEFAULT_TRACKING = "sqlite:///mlflow.db"
 SEARCH_FILE = "search.yaml"
 """What makes a folder that of a search."""
 
-_MEMBER = re.compile(r"(?P<group>.+)-(trial-\d{2,}|seed-\d+)")
+_MEMBER = re.compile(r"(?P<group>.+?)-(trial-\d{2,}(?P<repeat>-seed-\d+)?|seed-\d+)")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _ID, _WHOLE_ID = re.compile(r"[0-9a-f]{6,32}"), re.compile(r"[0-9a-f]{32}")
 # Files are asked for one by one; a bucket answers many at a time.
@@ -46,6 +47,12 @@ class Found:
     """As MLflow has it, if it does."""
     group: str | None = None
     """The search or the group of seeds whose name stood for it."""
+
+    @property
+    def is_repeat(self) -> bool:
+        """Whether the search whose name stood for it repeats a trial with it."""
+        matched = _MEMBER.fullmatch(self.name)
+        return matched is not None and matched["group"] == self.group and matched["repeat"] is not None
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class Stores:
     """
 
     def __init__(self, uri: str | None) -> None:
-        self._uri = uri
+        self.uri = uri
         self._open: dict[str, Store] = {}
 
     def of(self, uri: str) -> Store:
@@ -83,7 +90,7 @@ class Stores:
         """
         from mimiclab.tracking.records import Store
 
-        uri = self._uri or uri
+        uri = self.uri or uri
         if uri not in self._open:
             self._open[uri] = Store(uri)
         return self._open[uri]
@@ -115,7 +122,15 @@ def find(references: Sequence[str], storage: str, stores: Stores) -> dict[str, M
     """
     meant = in_folders(references, storage)
     unknown = [reference for reference, found in meant.items() if not found.is_known]
-    return meant | (in_mlflow(unknown, stores.of(DEFAULT_TRACKING), storage) if unknown else {})
+    if not unknown:
+        return meant
+    file = sqlite_path(DEFAULT_TRACKING)
+    if stores.uri is None and file is not None and not file.exists():
+        raise UserError(
+            f"run {unknown[0]}: there is no such name, id or folder; looked in {place_of_runs(storage).name}, and "
+            f"MLflow was not asked: there is no {file}, and --tracking names no other store"
+        )
+    return meant | in_mlflow(unknown, stores.of(DEFAULT_TRACKING), storage)
 
 
 def in_folders(references: Sequence[str], storage: str) -> dict[str, Meant]:
@@ -266,7 +281,7 @@ def _in_folder(storage: Storage) -> Meant:
 
 
 def _members(place: Storage, names: Sequence[str], group: str) -> tuple[Found, ...]:
-    """The trials or seeds of a group."""
+    """The trials, with what repeats them, or the seeds of a group."""
     own = [name for name in names if group_of(name) == group]
     read = in_threads(runs.read, [place / name for name in own])
     return tuple(Found(run.name, run, group=group) for run in read if run is not None)

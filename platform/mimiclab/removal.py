@@ -9,6 +9,7 @@ one may be what a full disk no longer allows.
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -66,14 +67,21 @@ class Target:
         return ", ".join(parts)
 
 
-def targets(references: Sequence[str], storage: str, stores: Stores, *, files_only: bool) -> list[Target]:
+def targets(
+    references: Sequence[str], storage: str, stores: Stores, *, files_only: bool
+) -> tuple[list[Target], list[str]]:
     """What references stand for, in the order in which it is to go: groups after their runs.
+
+    MLflow keeps a run that somebody has registered a model of: its collector would take the model's metrics, or files.
 
     Args:
         references: names of runs, of searches and of groups of seeds, MLflow ids, folders, URIs.
         storage: folder, or URI, that holds runs.
         stores: where MLflow is asked.
         files_only: leave MLflow alone.
+
+    Returns:
+        What is to go, and a line for each record that stays for the sake of a registered model.
 
     Raises:
         UserError: a reference means nothing, or several things, or what a driver is at work on; or a place, or MLflow,
@@ -99,9 +107,10 @@ def targets(references: Sequence[str], storage: str, stores: Stores, *, files_on
     answer += [Target(each.search.name.rpartition("/")[2], each.search) for each in meant.values() if each.search]
     for target in answer:
         refuse_at_work(target)
+    answer, stays = _without_registered(answer, stores)
     sizes = in_threads(lambda target: size_of(target.storage) if target.storage is not None else 0, answer)
     answer = [replace(target, size=size) for target, size in zip(answer, sizes, strict=True)]
-    return [target for target in answer if target.storage is not None or target.record is not None]
+    return [target for target in answer if target.storage is not None or target.record is not None], stays
 
 
 def remove(wanted: Sequence[Target], stores: Stores, say: Callable[[str], object]) -> None:
@@ -117,25 +126,8 @@ def remove(wanted: Sequence[Target], stores: Stores, say: Callable[[str], object
         if target.storage is not None:
             _remove_folder(target.storage)
         say(f"removed {target}")
-    ids: dict[str, list[str]] = {}
-    for target in wanted:
-        if target.record is not None:
-            ids.setdefault(target.record.uri, []).append(target.record.run_id)
-    for uri, own in ids.items():
-        say(_how_to_collect(uri, own))
-
-
-def registered(wanted: Sequence[Target], stores: Stores) -> list[str]:
-    """The registered models that were made of what is to go; MLflow's collector would take their weights.
-
-    Raises:
-        UserError: MLflow cannot be asked.
-    """
-    ids: dict[str, list[str]] = {}
-    for target in wanted:
-        if target.record is not None:
-            ids.setdefault(target.record.uri, []).append(target.record.run_id)
-    return [model for uri, own in ids.items() for model in stores.of(uri).registered(own)]
+    for uri, run_ids in _by_store(wanted).items():
+        say(_how_to_collect(uri, run_ids))
 
 
 def refuse_at_work(target: Target) -> None:
@@ -152,6 +144,33 @@ def refuse_at_work(target: Target) -> None:
         holder = last_holder(folder)
         if holder is not None and holder.is_alive():
             raise UserError(f"run {target.name}: {holder} is at work in {folder.name}; expected it to be stopped first")
+
+
+def _without_registered(wanted: Sequence[Target], stores: Stores) -> tuple[list[Target], list[str]]:
+    """The same without the records of runs that registered models are of, and of their groups; and why each stays."""
+    why: dict[str, str] = {}
+    for uri, run_ids in _by_store(wanted).items():
+        for run_id, versions in stores.of(uri).registered(run_ids).items():
+            why[run_id] = f"{', '.join(versions)} was registered from it"
+    for target in wanted:
+        if target.record is not None and target.record.run_id in why and target.record.parent is not None:
+            why.setdefault(target.record.parent, f"{target.name} does")
+    answer, stays = [], []
+    for target in wanted:
+        if target.record is not None and target.record.run_id in why:
+            stays.append(f"{target.name} stays in MLflow: {why[target.record.run_id]}")
+            target = replace(target, record=None)
+        answer.append(target)
+    return answer, stays
+
+
+def _by_store(wanted: Iterable[Target]) -> dict[str, list[str]]:
+    """MLflow's ids of what goes from each store."""
+    answer: dict[str, list[str]] = {}
+    for target in wanted:
+        if target.record is not None:
+            answer.setdefault(target.record.uri, []).append(target.record.run_id)
+    return answer
 
 
 def _groups_in_mlflow(meant: Iterable[Meant], found: Sequence[Found], stores: Stores) -> list[Target]:
@@ -203,9 +222,9 @@ def _remove_folder(storage: Storage) -> None:
 
 def _how_to_collect(uri: str, run_ids: Sequence[str]) -> str:
     which = f" --run-ids {','.join(run_ids)}" if len(run_ids) <= _IDS_SHOWN else ""
-    marked = (
-        f"MLflow at {uri} marks {len(run_ids)} run{'s' if len(run_ids) > 1 else ''} as deleted; to free what it keeps"
+    runs = f"{len(run_ids)} run{'s' if len(run_ids) > 1 else ''}"
+    place, store = ("", shlex.quote(uri)) if sqlite_path(uri) is not None else (", on the server's machine", "STORE")
+    return (
+        f"MLflow at {uri} marks {runs} as deleted; to free what it keeps{place}: "
+        f"MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow gc --backend-store-uri {store}{which}"
     )
-    if sqlite_path(uri) is not None:
-        return f"{marked}: mlflow gc --backend-store-uri {uri}{which}"
-    return f"{marked}, on the server's machine: MLFLOW_TRACKING_URI={uri} mlflow gc --backend-store-uri STORE{which}"

@@ -35,7 +35,7 @@ QUICK = Options(num_resamples=50)
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three runs, each better than the one before, the third one's rate another; and a search of two trials."""
+    """Three runs, each better than the last, the third one's rate another; a search of two trials, one repeated."""
     root = tmp_path_factory.mktemp("store")
     connect(f"sqlite:///{root}/mlflow.db").search_experiments()
     shutil.copy(root / "mlflow.db", root / "other.db")
@@ -47,6 +47,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, skill in enumerate((0.4, 0.9)):
         trial = experiment(root, f"hunt-trial-{number:02d}", f"optim.lr={0.1 + number}")
         evaluated(trial, dataset, skill, {parents.PARENT_TAG: parent})
+    repeat = experiment(root, "hunt-trial-01-seed-1", f"optim.lr={0.1 + number}", "seed=1")
+    evaluated(repeat, dataset, 0.8, {parents.PARENT_TAG: parent})
     return root
 
 
@@ -218,6 +220,16 @@ def test_a_validation_set_that_changed_is_not_paired_on(root: Path) -> None:
 def test_the_name_of_a_search_stands_for_its_trials_the_best_first() -> None:
     assert [each.label for each in find("hunt").runs] == ["hunt-trial-01", "hunt-trial-00"]
     assert [each.label for each in find("one", "hunt", "one").runs] == ["one", "hunt-trial-01", "hunt-trial-00"]
+
+
+def test_what_repeats_a_trial_is_compared_where_it_is_named_itself(root: Path) -> None:
+    repeat = "hunt-trial-01-seed-1"
+
+    assert [each.label for each in find("hunt-trial-01", repeat).runs] == ["hunt-trial-01", repeat]
+    assert [each.label for each in find("hunt", repeat).runs] == ["hunt-trial-01", "hunt-trial-00", repeat]
+    in_mlflow = find_entries(["hunt", repeat], storage="nowhere", tracking=None)
+    assert {each.label for each in in_mlflow.runs} == {"hunt-trial-00", "hunt-trial-01", repeat}
+    assert len(find_entries(["hunt"], storage="nowhere", tracking=None).runs) == 2
 
 
 def test_ids_and_folders_name_runs_too(root: Path) -> None:

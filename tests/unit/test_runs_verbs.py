@@ -1,7 +1,11 @@
 """`mimiclab runs list` and `mimiclab runs rm`: what is there, and what goes, on disk and in MLflow."""
 
+import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +26,8 @@ from mimiclab.tracking.client import connect
 
 Command = Callable[..., tuple[int, str, str]]
 METRICS = {"student/AP": 0.5, "student/AP50": 0.75}
+TRIALS = ["hunt-trial-00", "hunt-trial-00-seed-1", "hunt-trial-01"]
+"""Of a search that repeats what finishes."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +73,7 @@ def make_group(root: Path, kind: parents.Kind, name: str, *members: str) -> str:
 
 
 def make_search(root: Path) -> str:
-    parent = make_group(root, "search", "hunt", "hunt-trial-00", "hunt-trial-01")
+    parent = make_group(root, "search", "hunt", *TRIALS)
     folder = Storage(root / "runs" / "hunt")
     folder.write(SEARCH_FILE, resolved_yaml(experiment(root, "hunt")).encode())
     folder.write("record.jsonl", b"")
@@ -98,7 +104,7 @@ def test_list_says_how_each_run_stands_and_what_it_takes(root: Path, mimiclab: C
 
     assert (code, err) == (0, "")
     items = {item.pop("name"): item for item in json.loads(out)}
-    assert list(items) == ["good", "hunt", "hunt-trial-00", "hunt-trial-01", "poor"]
+    assert list(items) == ["good", "hunt", *TRIALS, "poor"]
     good = items["good"]
     size = sum(file.stat().st_size for file in (root / "runs" / "good").rglob("*") if file.is_file())
     assert (good["status"], good["step"], good["metric"], good["best"]) == ("finished", 25, "student/AP", 0.75)
@@ -191,15 +197,13 @@ def test_rm_frees_the_folder_and_marks_mlflows_run(root: Path, mimiclab: Command
     assert shown.startswith("x, ")
     assert shown.endswith(f" in {root}/runs/x, MLflow's run {run.mlflow_run_id}")
     assert removed == f"removed {shown}"
-    assert collect.endswith(f": mlflow gc --backend-store-uri {run.tracking} --run-ids {run.mlflow_run_id}")
+    assert collect.startswith(f"MLflow at {run.tracking} marks 1 run as deleted; to free what it keeps: ")
 
 
 @pytest.mark.parametrize(("answer", "there"), [("n\n", True), ("", True), ("y\n", False)])
 def test_rm_asks_first(
     root: Path, mimiclab: Command, monkeypatch: pytest.MonkeyPatch, answer: str, there: bool
 ) -> None:
-    import io
-
     run = make(root, "x")
     monkeypatch.setattr("sys.stdin", io.StringIO(answer))
 
@@ -228,12 +232,12 @@ def test_rm_of_a_search_takes_its_trials_and_its_record(root: Path, mimiclab: Co
     alone = make(root, "hunt-trial-07", parent=parent)  # a trial without a folder
     shutil.rmtree(alone.folder)
     near = make(root, "hunt-trial")
-    trials = [runs.find(f"hunt-trial-{n:02d}").mlflow_run_id for n in range(2)]
+    trials = [runs.find(name).mlflow_run_id for name in TRIALS]
 
     assert mimiclab("rm", "hunt", "--yes")[0] == 0
 
     assert left(root) == ["hunt-trial"]
-    assert stages(root, parent, *trials, alone.mlflow_run_id) == ["deleted"] * 4
+    assert stages(root, parent, *trials, alone.mlflow_run_id) == ["deleted"] * 5
     assert stages(root, near.mlflow_run_id) == ["active"]
 
 
@@ -252,29 +256,29 @@ def test_rm_of_one_trial_leaves_the_others(root: Path, mimiclab: Command) -> Non
 
     assert mimiclab("rm", "hunt-trial-01", "--yes")[0] == 0
 
-    assert left(root) == ["hunt", "hunt-trial-00"]
+    assert left(root) == ["hunt", *TRIALS[:2]]
     assert stages(root, parent, other) == ["active", "active"]
 
 
-@pytest.mark.parametrize("busy", ["hunt-trial-01", "hunt"])
-@pytest.mark.parametrize("wanted", ["hunt", "hunt-trial-01"])
+@pytest.mark.parametrize("busy", ["itself", "hunt"])
+@pytest.mark.parametrize("wanted", ["hunt", "hunt-trial-01", "hunt-trial-00-seed-1"])
 def test_rm_refuses_what_a_driver_is_at_work_on(root: Path, mimiclab: Command, busy: str, wanted: str) -> None:
     parent = make_search(root)
+    busy = wanted if busy == "itself" else busy
     with Lease.take(Storage(root / "runs" / busy), busy):
         code, out, err = mimiclab("rm", wanted, "--yes")
 
     assert (code, out) == (2, "")
     assert "is at work in " in err
     assert err.endswith(f"runs/{busy}; expected it to be stopped first\n")
-    assert left(root) == ["hunt", "hunt-trial-00", "hunt-trial-01"]
+    assert left(root) == ["hunt", *TRIALS]
     assert stages(root, parent) == ["active"]
 
 
-@pytest.mark.parametrize("stop", range(1, 11))
+@pytest.mark.parametrize("stop", range(1, 13))
 def test_rm_that_was_interrupted_is_gone_on_with(root: Path, stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
     parent = make_search(root)
-    trials = [runs.find(f"hunt-trial-{n:02d}").mlflow_run_id for n in range(2)]
-    before = [parent, *trials]
+    before = [parent, *(runs.find(name).mlflow_run_id for name in TRIALS)]
     calls = 0
 
     def counted(method: Callable[[Storage, str], None]) -> Callable[[Storage, str], None]:
@@ -289,7 +293,7 @@ def test_rm_that_was_interrupted_is_gone_on_with(root: Path, stop: int, monkeypa
 
     def rm() -> None:
         stores = Stores(None)
-        wanted = removal.targets(["hunt"], "./runs", stores, files_only=False)
+        wanted, _ = removal.targets(["hunt"], "./runs", stores, files_only=False)
         removal.remove(wanted, stores, lambda _: None)
 
     with monkeypatch.context() as patch:
@@ -304,7 +308,7 @@ def test_rm_that_was_interrupted_is_gone_on_with(root: Path, stop: int, monkeypa
             assert calls < stop
 
     assert left(root) == []
-    assert stages(root, *before) == ["deleted"] * 3
+    assert stages(root, *before) == ["deleted"] * 4
 
 
 def test_rm_that_was_stopped_before_the_groups_record_is_gone_on_with(root: Path, mimiclab: Command) -> None:
@@ -351,18 +355,86 @@ def test_rm_of_a_link_removes_the_link_alone(root: Path, mimiclab: Command) -> N
     assert len(list(elsewhere.iterdir())) == 2
 
 
-def test_rm_says_which_registered_models_were_made_of_a_run(root: Path, mimiclab: Command) -> None:
-    run = make(root, "x")
+def log_model(run: Run) -> Path:
+    """A file of a model of the run, where MLflow keeps it."""
     client = connect(run.tracking)
-    client.create_registered_model("detector")
-    client.create_model_version("detector", f"{root}/mlflow-artifacts", run.mlflow_run_id)
+    project = client.get_run(run.mlflow_run_id).info.experiment_id
+    model = client.create_logged_model(project, run.name, source_run_id=run.mlflow_run_id)
+    client.log_model_artifacts(model.model_id, str(run.folder))
+    return Path(model.artifact_location.removeprefix("file://")) / RUN
 
-    out = mimiclab("rm", "x", "--yes")[1]
 
-    assert "the registered model detector version 1 was made of one of these" in out
+def make_version(run: Run, name: str = "detector") -> None:
+    client = connect(run.tracking)
+    client.create_registered_model(name)
+    client.create_model_version(name, f"{run.folder}", run.mlflow_run_id)
+
+
+@pytest.mark.slow
+def test_the_command_that_rm_prints_frees_the_model_and_keeps_a_registered_one(
+    root: Path, mimiclab: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, kept = make(root, "x"), make(root, "y")
+    files = [log_model(gone), log_model(kept)]
+    make_version(kept)
+    assert [file.exists() for file in files] == [True, True]
+
+    code, out, err = mimiclab("rm", "x", "y", "--yes")
+
+    assert (code, err) == (0, "")
+    assert "y stays in MLflow: detector version 1 was registered from it\n" in out
+    assert left(root) == []
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    command = out.splitlines()[-1].partition("to free what it keeps: ")[2]
+    subprocess.run(["sh", "-c", command], check=True)
+    assert [file.exists() for file in files] == [False, True]
+    assert list(Stores(None).of(kept.tracking).by_ids([gone.mlflow_run_id, kept.mlflow_run_id])) == [kept.mlflow_run_id]
+
+
+def test_rm_asks_whether_a_registered_run_and_its_search_may_stay_in_mlflow(
+    root: Path, mimiclab: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = make_search(root)
+    trials = [runs.find(name) for name in TRIALS]
+    ids = [parent, *(trial.mlflow_run_id for trial in trials)]
+    make_version(trials[0])
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+
+    code, out, _ = mimiclab("rm", "hunt")
+
+    assert code == 0
+    assert "hunt-trial-00 stays in MLflow: detector version 1 was registered from it\n" in out
+    assert "hunt stays in MLflow: hunt-trial-00 does\n" in out
+    assert ", but leave 2 in MLflow? [y/N]" in out
+    assert left(root) == []
+    assert stages(root, *ids) == ["active", "active", "deleted", "deleted"]
+    assert mimiclab("rm", "hunt")[1].endswith("hunt stays in MLflow: hunt-trial-00 does\nnothing to remove\n")
+    connect(trials[0].tracking).delete_model_version("detector", "1")
+    assert mimiclab("rm", "hunt", "--yes")[0] == 0
+    assert stages(root, *ids) == ["deleted"] * 4
 
 
 # ---- names ----
+
+
+@pytest.mark.parametrize(
+    "args", [["runs", "rm", "nobody"], ["runs", "rm", "nobody", "--files-only"], ["compare", "nobody", "x"]]
+)
+def test_an_unknown_name_without_a_store_is_told_of_as_a_name(
+    root: Path, args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "mlflow.db").unlink()
+
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: run nobody: there is no such name, id or folder; looked in {root}/runs, and MLflow was not asked: "
+        f"there is no {root}/mlflow.db, and --tracking names no other store\n"
+    )
+    assert not (root / "mlflow.db").exists()
 
 
 def test_a_name_that_means_two_things_is_refused(root: Path, mimiclab: Command) -> None:

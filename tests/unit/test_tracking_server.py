@@ -1,15 +1,21 @@
 """A real MLflow server on a loopback port that goes away in the middle of a run and comes back."""
 
+import contextlib
+import http.server
 import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from PIL import Image
@@ -129,6 +135,66 @@ def test_nothing_is_missing_and_nothing_twice_after_an_outage(
     # A machine that is busy may pause a process; a call that waits for the server takes seconds.
     assert sorted(took)[int(0.95 * len(took))] < 0.005
     assert max(took) < 0.25
+
+
+class RefusingProxy(http.server.BaseHTTPRequestHandler):
+    """As a company's: it goes out to the world, and not to what its users call 127.0.0.1."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_error(403)
+
+    def do_POST(self) -> None:
+        self.do_GET()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What a proxy was asked that the environment names."""
+    RefusingProxy.asked.clear()
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), RefusingProxy) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{listening.server_port}")
+        yield RefusingProxy.asked
+        listening.shutdown()
+
+
+def test_a_proxy_is_not_asked_for_the_server(tmp_path: Path, free_port: int, proxy: list[str]) -> None:
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    runs.open_run(store, "cells", "night", "abc", {}, {})
+
+    show = start_ui(store, free_port)
+    try:
+        read_until(show, "leaderboard: ")
+    finally:
+        show.send_signal(signal.SIGINT)
+        assert show.wait(30) == 0
+    assert proxy == []
+
+
+def test_a_server_that_does_not_start_is_told_of_with_what_it_said(tmp_path: Path, free_port: int) -> None:
+    path = tmp_path / "mlflow.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE alembic_version (version_num TEXT)")
+        connection.execute("INSERT INTO alembic_version VALUES ('0123456789ab')")
+
+    with pytest.raises(UserError) as caught, ui.server(f"sqlite:///{path}", free_port):
+        pass
+
+    first, *said = str(caught.value).splitlines()
+    assert first == (
+        f"where.tracking: sqlite:///{path}: its MLflow server ended with code 1; expected it to answer at "
+        f"http://127.0.0.1:{free_port}. It said last:"
+    )
+    assert len(said) <= 10
+    assert "0123456789ab" in "\n".join(said)
 
 
 WRITER = """

@@ -52,8 +52,9 @@ def test_addresses_lie_below_the_path_of_the_server() -> None:
     table = pages.shared_view_page(BASE, "7", "best")
     assert table == "http://head:5000/lab/#/experiments/7/runs?viewStateShareKey=best&workflowType=machine_learning"
     assert pages.charts_of(table) == f"{table}&compareRunsMode=CHART"
-    assert (
-        pages.runs_page(BASE, "7").split("?")[1].startswith("orderByKey=metrics.%60student%2FAP%60&orderByAsc=false&")
+    assert pages.runs_page(BASE, "7", "params.a = 'b'").startswith(
+        "http://head:5000/lab/#/experiments/7/runs?searchFilter=params.a%20%3D%20%27b%27"
+        "&orderByKey=metrics.%60student%2FAP%60&orderByAsc=false&"
     )
     assert pages.run_page("http://head:5000", "7", "ab").startswith("http://head:5000/#/experiments/7/runs/ab?")
     query = pages.compare_page(BASE, "7", ["a", "b"]).split("/#/compare-runs?")[1]
@@ -92,8 +93,37 @@ def test_links_appear_as_there_is_something_to_see(uri: str) -> None:
     assert all(link.startswith("http://head:5000/lab/#/experiments/") for link in found.values())
     best = view(uri, "growing", "best")["searchFilter"]
     assert [best.find(run) > 0 for run in (*reversed(trials), one)] == [True, True, True, False]
-    assert view(uri, "growing", "search")["searchFilter"] == f"tags.`{PARENT_TAG}` = '{parent}'"
-    assert view(uri, "growing", "leaderboard")["searchFilter"] == ""
+    assert view(uri, "growing", "search")["searchFilter"].startswith(f"tags.`{PARENT_TAG}` = '{parent}' AND ")
+
+
+def test_what_was_discarded_is_neither_linked_nor_listed(uri: str) -> None:
+    for name in ("one", "two"):
+        open_run(uri, "fresh", name, ap=0.75)
+        runs.forget_run(uri, "fresh", name, "abc")
+    assert links(uri, "fresh")["MLflow"] == BASE
+
+    new = open_run(uri, "fresh", "one", ap=0.25)
+    assert list(links(uri, "fresh")) == ["leaderboard", "charts", "running run, one"]
+    assert listed(uri, "fresh", "leaderboard") == [new]
+
+    for name in ("old", "new"):
+        parent = searches.open_search(uri, "fresh", name, "abc", {}, "")
+        trials = [open_run(uri, "fresh", f"{name}-{n}", 0.3 + n / 10, parent) for n in range(3)]
+        if name == "old":
+            runs.forget_run(uri, "fresh", name, "abc")
+    runs.forget_run(uri, "fresh", "new-2", "abc")
+    links(uri, "fresh")
+    assert listed(uri, "fresh", "search") == trials[1::-1]
+    runs.forget_run(uri, "fresh", "new", "abc")
+    assert "trials of " not in " ".join(links(uri, "fresh"))
+
+
+def listed(uri: str, project: str, key: str) -> list[str]:
+    """What MLflow finds by the filter of a view, the best first."""
+    client = connect(uri)
+    where = [client.get_experiment_by_name(project).experiment_id]
+    found = client.search_runs(where, view(uri, project, key)["searchFilter"], order_by=["metrics.`student/AP` DESC"])
+    return [run.info.run_id for run in found]
 
 
 def test_columns_and_axes_are_what_the_runs_have_and_where_they_differ(uri: str) -> None:
@@ -153,7 +183,7 @@ def test_who_may_only_read_gets_pages_that_need_no_view(uri: str, monkeypatch: p
     open_run(uri, "shared", "b", 0.4)
     monkeypatch.setattr(views, "share", refuse)
     found = links(uri, "shared")
-    assert "orderByKey=metrics.%60student%2FAP%60" in found["leaderboard"]
+    assert "IS%20NULL&orderByKey=metrics.%60student%2FAP%60" in found["leaderboard"]
     assert found["charts"] == f"{found['leaderboard']}&compareRunsMode=CHART"
     assert "/#/compare-runs?" in found["best 2"]
 

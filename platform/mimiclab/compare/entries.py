@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mimiclab.errors import UserError
 from mimiclab.references import Found, Stores, distinct, find, in_threads, with_records
@@ -46,8 +46,8 @@ def find_entries(references: Sequence[str], *, storage: str, tracking: str | Non
     """Find runs with what MLflow and their folders know of them, in few calls.
 
     Args:
-        references: names, MLflow ids, folders and URIs of runs; a search or a group of seeds stands for its runs, the
-            best first.
+        references: names, MLflow ids, folders and URIs of runs; a search stands for its trials and a group of seeds for
+            its runs, the best first. What repeats a trial with other seeds has to be named itself.
         storage: folder, or URI, that holds runs.
         tracking: MLflow's address; None for that which each run was tracked at, and the default one for others.
 
@@ -55,7 +55,11 @@ def find_entries(references: Sequence[str], *, storage: str, tracking: str | Non
         UserError: a reference names no run or several, MLflow cannot be asked or lacks a run, or there are not two.
     """
     stores = Stores(tracking)
-    found = with_records(distinct(find(references, storage, stores).values()), stores)
+    meant = [
+        replace(each, runs=tuple(run for run in each.runs if not run.is_repeat))
+        for each in find(references, storage, stores).values()
+    ]
+    found = with_records(distinct(meant), stores)
     for each in found:
         _refuse_lost(each, tracking)
     if len(found) < 2:

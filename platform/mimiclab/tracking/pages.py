@@ -8,10 +8,11 @@ from urllib.parse import quote, urlencode
 _MODE = {"workflowType": "machine_learning"}
 
 
-def runs_page(base_url: str, experiment_id: str) -> str:
-    """The table of a project's runs, the best student first."""
+def runs_page(base_url: str, experiment_id: str, search_filter: str) -> str:
+    """The table of those of a project's runs that MLflow finds by a filter, the best student first."""
     # Sorted by a metric, the trials of a search stand beside the other runs and do not collapse under their parent.
-    return _page(base_url, f"experiments/{experiment_id}/runs", orderByKey="metrics.`student/AP`", orderByAsc="false")
+    best_first = {"orderByKey": "metrics.`student/AP`", "orderByAsc": "false"}
+    return _page(base_url, f"experiments/{experiment_id}/runs", searchFilter=search_filter, **best_first)
 
 
 def shared_view_page(base_url: str, experiment_id: str, key: str) -> str:

@@ -1,7 +1,7 @@
 """Runs as MLflow has them, many with each call."""
 
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mimiclab.errors import UserError
@@ -72,11 +72,7 @@ class Store:
 
     def by_ids(self, run_ids: Iterable[str]) -> dict[str, Record]:
         """Those of the runs that the store has, by id; deleted ones too."""
-        wanted = list(dict.fromkeys(run_ids))
-        found = []
-        for start in range(0, len(wanted), _IDS_PER_CALL):
-            ids = ", ".join(f"'{each}'" for each in wanted[start : start + _IDS_PER_CALL])
-            found += self._search(f"attributes.run_id IN ({ids})")
+        found = [record for ids in _lists(run_ids) for record in self._search(f"attributes.run_id IN ({ids})")]
         return {record.run_id: record for record in found}
 
     def by_id_prefix(self, prefix: str) -> list[Record]:
@@ -113,13 +109,16 @@ class Store:
         return [each for each in self._search("", ids) if not (each.deleted or each.forgotten)]
 
     def delete(self, run_id: str) -> None:
-        """Mark a run as deleted; one that is so already, or that the store does not have, is none to complain about.
+        """Mark a run and its models as deleted; a run that is so already, or unknown, is none to complain about.
 
         `mlflow gc` removes what is marked so.
         """
         from mlflow.exceptions import MlflowException
 
         with refusals_explained(self.uri):
+            # First: by the run they are found. MLflow leaves them when it deletes a run.
+            for model in self._client.search_logged_models(list(self._projects), f"source_run_id = '{run_id}'"):
+                self._client.delete_logged_model(model.model_id)
             try:
                 self._client.delete_run(run_id)
             except MlflowException as error:
@@ -129,12 +128,14 @@ class Store:
                 if any(not record.deleted for record in self.by_ids([run_id]).values()):
                     raise
 
-    def registered(self, run_ids: Sequence[str]) -> list[str]:
-        """The registered models that were made of these runs, each as `NAME version N`."""
-        ids = ", ".join(f"'{each}'" for each in run_ids)
+    def registered(self, run_ids: Sequence[str]) -> dict[str, list[str]]:
+        """The versions of registered models that were made of each of these runs, as `NAME version N`; by id."""
+        answer: dict[str, list[str]] = {}
         with refusals_explained(self.uri):
-            found = self._client.search_model_versions(f"run_id IN ({ids})") if run_ids else []
-            return [f"{each.name} version {each.version}" for each in found]
+            for ids in _lists(run_ids):
+                for each in self._client.search_model_versions(f"run_id IN ({ids})"):
+                    answer.setdefault(each.run_id, []).append(f"{each.name} version {each.version}")
+        return answer
 
     def _search(self, query: str, projects: Sequence[str] | None = None) -> list[Record]:
         from mlflow.entities import ViewType
@@ -168,3 +169,10 @@ class Store:
             run.data.params,
             run.data.metrics,
         )
+
+
+def _lists(run_ids: Iterable[str]) -> Iterator[str]:
+    """The ids, each once, as a query names several; as many at a time as a call takes."""
+    wanted = list(dict.fromkeys(run_ids))
+    for start in range(0, len(wanted), _IDS_PER_CALL):
+        yield ", ".join(f"'{each}'" for each in wanted[start : start + _IDS_PER_CALL])

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from mimiclab.tracking.client import connect, explained
 from mimiclab.tracking.keys import metric_keys
 from mimiclab.tracking.parents import KIND_TAG, NOTE_TAG, PARENT_TAG, Status, end_parent, open_parent
-from mimiclab.tracking.runs import set_tags
+from mimiclab.tracking.runs import FORGOTTEN_TAG, set_tags
 
 __all__ = [
     "OUTCOME_TAG",
@@ -89,13 +89,14 @@ def end_trial(
 
 
 def newest_search(uri: str, project: str) -> Search | None:
-    """The search of a project that was started last, None if there is none."""
+    """The search of a project that was started last and not discarded, None if there is none."""
     client = connect(uri)
     experiment = client.get_experiment_by_name(project)
     if experiment is None:
         return None
     where, order = [experiment.experiment_id], ["attributes.start_time DESC"]
-    parents = client.search_runs(where, f"tags.`{KIND_TAG}` = 'search'", order_by=order, max_results=1)
+    query = f"tags.`{KIND_TAG}` = 'search' AND tags.`{FORGOTTEN_TAG}` IS NULL"
+    parents = client.search_runs(where, query, order_by=order, max_results=1)
     if not parents:
         return None
     parent = parents[0].info

@@ -19,6 +19,7 @@ from mimiclab.tracking.address import absolute_uri, artifact_folder, check_track
 from mimiclab.tracking.client import ENVIRONMENT, connect, refusals_explained
 from mimiclab.tracking.pages import charts_of, compare_page, run_page, runs_page, shared_view_page
 from mimiclab.tracking.parents import KIND_TAG, PARENT_TAG
+from mimiclab.tracking.runs import FORGOTTEN_TAG
 from mimiclab.tracking.searches import newest_search
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ _MAX_RUNS = 200  # that the columns of a view are chosen by
 
 _START_TIMEOUT_S = 120
 _STOP_TIMEOUT_S = 10
+_LINES_SHOWN = 10
 
 
 def place_of(uri: str, run_id: str) -> str:
@@ -111,10 +113,11 @@ def server(uri: str, port: int, say: Callable[[str], None] = print) -> Iterator[
         The server, once it answers.
 
     Raises:
-        UserError: The port is in use.
-        RuntimeError: The server ended or did not answer within two minutes; with the end of its output.
+        UserError: The port is in use; or the server ended or did not answer within two minutes, with the end of its
+            output.
     """
     base_url = f"http://127.0.0.1:{_free(port)}"
+    _bypass_proxies()
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             _command(uri, port),
@@ -134,12 +137,24 @@ def server(uri: str, port: int, say: Callable[[str], None] = print) -> Iterator[
         )
         try:
             if not _wait_until_healthy(process, base_url, say):
+                code = process.poll()
+                found = f"did not answer within {_START_TIMEOUT_S} s" if code is None else f"ended with code {code}"
                 output.seek(0)
-                tail = output.read().decode(errors="replace")[-2000:]
-                raise RuntimeError(f"the MLflow server at {base_url} did not start:\n{tail}")
+                last = output.read().decode(errors="replace").splitlines()[-_LINES_SHOWN:]
+                raise UserError(
+                    f"where.tracking: {uri}: its MLflow server {found}; expected it to answer at {base_url}. It said "
+                    "last:\n" + "\n".join(last)
+                )
             yield Server(base_url, process)
         finally:
             _stop(process)
+
+
+def _bypass_proxies() -> None:
+    """Have what this process, and MLflow in it, asks of 127.0.0.1 go there, whatever proxy the environment names."""
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if known != "*":
+        os.environ["no_proxy"] = f"{known},127.0.0.1".lstrip(",")
 
 
 def _command(uri: str, port: int) -> list[str]:
@@ -235,7 +250,7 @@ def _links(client: "MlflowClient", uri: str, base_url: str, project: str, experi
     if not newest:
         return {}
     runs = _search(client, experiment_id, *_BEST_FIRST)
-    links = _view_links(client, base_url, experiment_id, "leaderboard", "leaderboard", runs, "")
+    links = _view_links(client, base_url, experiment_id, "leaderboard", "leaderboard", runs, _LISTED)
 
     best = _evaluated(runs)[:_NUM_BEST]
     if len(best) > 1:
@@ -247,7 +262,7 @@ def _links(client: "MlflowClient", uri: str, base_url: str, project: str, experi
     search = newest_search(uri, project)
     if search is not None and search.trials:
         parent = client.get_run(search.trials[0]).data.tags[PARENT_TAG]
-        query = f"tags.`{PARENT_TAG}` = '{parent}'"
+        query = f"tags.`{PARENT_TAG}` = '{parent}' AND {_LISTED}"
         trials = _evaluated(_search(client, experiment_id, *_BEST_FIRST, query=query))
         name = f"trials of {search.name}"
         if len(trials) > 1:
@@ -262,10 +277,12 @@ def _links(client: "MlflowClient", uri: str, base_url: str, project: str, experi
     return links
 
 
+# What --fresh discarded is not.
+_LISTED = f"tags.`{FORGOTTEN_TAG}` IS NULL"
 _BEST_FIRST = (f"metrics.`{views.METRIC}` DESC", "attributes.start_time DESC")
 
 
-def _search(client: "MlflowClient", experiment_id: str, *order: str, query: str = "") -> "list[Run]":
+def _search(client: "MlflowClient", experiment_id: str, *order: str, query: str = _LISTED) -> "list[Run]":
     return list(client.search_runs([experiment_id], query, order_by=list(order), max_results=_MAX_RUNS))
 
 
@@ -291,8 +308,9 @@ def _view_links(
         if error.get_http_status_code() != 403:
             raise
         # Who may only read gets MLflow's own pages.
-        table = runs_page(base_url, experiment_id)
-        charts = compare_page(base_url, experiment_id, [run.info.run_id for run in runs]) if query else charts_of(table)
+        table = runs_page(base_url, experiment_id, query)
+        ids = [run.info.run_id for run in runs]
+        charts = charts_of(table) if query == _LISTED else compare_page(base_url, experiment_id, ids)
     else:
         table = shared_view_page(base_url, experiment_id, key)
         charts = charts_of(table)

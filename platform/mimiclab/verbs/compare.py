@@ -119,15 +119,14 @@ def runs_rm(
     from mimiclab.references import Stores
 
     stores = Stores(tracking)
-    targets = removal.targets(runs, storage, stores, files_only=files_only)
+    targets, stays = removal.targets(runs, storage, stores, files_only=files_only)
+    for line in (*map(str, targets), *stays):
+        typer.echo(line)
     if not targets:
         typer.echo("nothing to remove")
         return
-    for target in targets:
-        typer.echo(str(target))
-    for model in removal.registered(targets, stores):
-        typer.echo(f"the registered model {model} was made of one of these; it works until MLflow's collector runs")
     taken = in_bytes(sum(target.size for target in targets))
+    kept = f", but leave {len(stays)} in MLflow" if stays else ""
     if not yes:
-        typer.confirm(f"remove these {len(targets)}, {taken}?", abort=True)
+        typer.confirm(f"remove these {len(targets)}, {taken}{kept}?", abort=True)
     removal.remove(targets, stores, typer.echo)
