@@ -76,24 +76,6 @@ def status_of(url: str, host: str) -> int:
         return error.code
 
 
-def test_eight_trials_that_log_at_once_lose_nothing(tmp_path: Path, free_port: int) -> None:
-    names = [f"train/loss_{number}" for number in range(20)]
-    with ui.server(f"sqlite:///{tmp_path}/mlflow.db", free_port) as running:
-        ids = [runs.open_run(running.base_url, "cells", f"trial-{n}", str(n), {}, {}) for n in range(8)]
-        trackers = [MlflowTracker(running.base_url, run_id) for run_id in ids]
-        for step in range(1, 101):
-            for number, tracker in enumerate(trackers):
-                tracker.log_metrics(step, dict.fromkeys(names, number + step / 128))
-            time.sleep(0.02)
-        for tracker in trackers:
-            assert tracker.close(120) == []
-
-    with sqlite3.connect(tmp_path / "mlflow.db") as database:
-        rows = database.execute("SELECT run_uuid, key, step, value FROM metrics").fetchall()
-    expected = [(run_id, name, s, n + s / 128) for n, run_id in enumerate(ids) for name in names for s in range(1, 101)]
-    assert sorted(rows) == sorted(expected)
-
-
 def test_nothing_is_missing_and_nothing_twice_after_an_outage(
     tmp_path: Path, free_port: int, caplog: pytest.LogCaptureFixture
 ) -> None:
