@@ -368,6 +368,7 @@ def nursery(tmp_path_factory) -> Iterator[tuple[subprocess.Popen, Path]]:
         process.stdin.close()
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_from_the_last_that_was_acknowledged_or_a_newer_one(nursery):
     process, folder = nursery
     moments = random.Random(0)

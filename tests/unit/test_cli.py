@@ -271,6 +271,7 @@ def test_train_under_a_name_that_is_taken(mistake):
 
 
 @pytest.mark.usefixtures("trainable")
+@pytest.mark.slow
 def test_training_loads_ray_only_after_all_checks():
     code = f"""
 import sys

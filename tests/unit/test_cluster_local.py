@@ -127,6 +127,7 @@ def job(name, status="RUNNING"):
     ],
     ids=["nothing", "no list", "another list", "one stop", "silence"],
 )
+@pytest.mark.slow
 def test_down_ends_a_cluster_whose_job_server_does_not_answer_as_it_should(
     cluster, family, job_server, monkeypatch, answers, said
 ):

@@ -95,6 +95,7 @@ def test_half_precision_gives_about_the_same_losses(precision: str, tolerance: f
         assert float(half[name]) == pytest.approx(float(exact[name]), rel=tolerance), name
 
 
+@pytest.mark.slow
 def test_an_overflow_of_the_scale_costs_a_step_and_not_the_weights() -> None:
     trained = engine("fp16")
     set_scale(trained, 2.0**20)

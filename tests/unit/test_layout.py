@@ -44,6 +44,7 @@ def loaded(module: str) -> set[str]:
         ("mimiclab.restarts", {"torch", "mlflow"}),
     ],
 )
+@pytest.mark.slow
 def test_an_import_loads_no_more_than_it_needs(module: str, never: set[str]) -> None:
     packages = loaded(module)
     assert module.partition(".")[0] in packages

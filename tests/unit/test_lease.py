@@ -215,6 +215,7 @@ def test_a_heartbeat_says_how_far_the_run_is(tmp_path: Path) -> None:
         assert replace(heard(), heartbeat=0, step=0, seconds=0) == replace(first, heartbeat=0)
 
 
+@pytest.mark.slow
 def test_a_storage_that_fails_for_seconds_does_not_end_a_lease(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -534,6 +534,7 @@ ONE_HEAD = {
 
 
 @pytest.mark.parametrize("config", ONE_HEAD.values(), ids=ONE_HEAD.keys())
+@pytest.mark.slow
 def test_a_detector_with_one_head_trains_and_is_scored_and_shown(config: ModelConfig, tmp_path: Path) -> None:
     pixels = np.full((64, 64, 3), 90, np.uint8)
     pixels[12:44, 16:48] = (230, 60, 20)

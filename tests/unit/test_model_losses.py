@@ -913,6 +913,7 @@ def test_hard_images_are_learned_from(boxes: list[Box], size: tuple[int, int], s
         assert any(g.any() for name, g in gradients.items() if g is not None and name.startswith(part)), part
 
 
+@pytest.mark.slow
 def test_an_object_smaller_than_a_cell_is_learned() -> None:
     # 6 px on cells of 8 px and anchors of 16 px: no centre lies in the object, and no anchor overlaps it much.
     torch.manual_seed(1)

@@ -3,10 +3,13 @@
 import re
 from pathlib import Path
 
+import pytest
+
 MODELS = Path(__file__).parents[2] / "models"
 README = (MODELS / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_example_runs() -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict[str, object] = {}

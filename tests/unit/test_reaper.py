@@ -58,6 +58,7 @@ def status(run: Run) -> tuple[str, str]:
     return found.status, connect(run.tracking).get_run(run.mlflow_run_id).info.status
 
 
+@pytest.mark.slow
 def test_a_run_whose_driver_is_dead_was_killed_when_it_was_last_heard_of(make: Callable[..., Run]) -> None:
     run = make("x")
     (corrected,) = reap([run], never)
@@ -144,6 +145,7 @@ def test_a_server_that_does_not_answer_stops_nothing_and_is_asked_once(
     assert [run.status for run in map(read, (runs[0].storage, runs[1].storage)) if run] == ["running"] * 2
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_read_stops_nothing(make: Callable[..., Run]) -> None:
     bad, good = make("bad", holder=None), make("good")
     assert bad.storage.local is not None

@@ -169,6 +169,7 @@ def test_hours_are_not_guessed_where_no_trial_tells_its_pace(tmp_path: Path) -> 
 # ---- which keys mattered ----
 
 
+@pytest.mark.slow
 def test_the_key_that_matters_is_found_and_the_other_is_not(tmp_path: Path) -> None:
     noise = random.Random(0)
     events = search(tmp_path, 40, lambda values: effect(values, noise)).events
@@ -343,6 +344,7 @@ def drawn(path: Path) -> int:
 
 
 @pytest.mark.parametrize("draw", [figures.draw_curves, figures.draw_keys, figures.draw_parallel])
+@pytest.mark.slow
 def test_every_kind_of_key_is_drawn(tmp_path: Path, draw: Any) -> None:
     made = search(tmp_path, 12, lambda values: values["optim.momentum"], ALL_KINDS)
     draw(tmp_path / "x.png", tell(made.events))

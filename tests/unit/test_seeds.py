@@ -234,6 +234,7 @@ def test_a_mistake_in_the_data_is_found_before_anything_is_made(mistake: Mistake
 # ---- where all is done already ----
 
 
+@pytest.mark.slow
 def test_complete_runs_are_averaged_without_ray(capsys: pytest.CaptureFixture[str]) -> None:
     for experiment, ap in zip(plan(load(), 2), (0.3, 0.4), strict=True):
         trained(experiment, ap, tracked=True)

@@ -457,6 +457,7 @@ def test_a_notice_that_is_known_holds_while_the_server_is_away(aws: Metadata) ->
     assert rounds.node.asked == 3
 
 
+@pytest.mark.slow
 def test_a_drain_that_fails_is_tried_until_the_deadline(aws: Metadata) -> None:
     announce(aws, 2)
     rounds = Rounds(Aws(), refuse=1000)
@@ -608,6 +609,7 @@ def test_a_head_that_is_not_there_is_said_soon() -> None:
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.slow
 def test_a_head_that_does_not_answer_is_given_up() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -669,6 +671,7 @@ def test_sigterm_ends_a_watch_after_one_question_more(aws: Metadata) -> None:
     assert len(aws.questions()) == before + 2
 
 
+@pytest.mark.slow
 def test_sigterm_is_the_notice_of_kubernetes() -> None:
     process = command("--cloud", "kubernetes", "--grace-seconds", "2")
     assert process.stdout is not None

@@ -42,6 +42,7 @@ def test_a_run_in_the_usual_place_goes_by_its_name(tmp_path: Path, monkeypatch: 
     assert try_it == "try it:   mimiclab predict x IMAGE..."
 
 
+@pytest.mark.slow
 def test_a_run_elsewhere_goes_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

@@ -4,6 +4,7 @@ import socket
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from mimiclab.memory import memory_mb
@@ -34,6 +35,7 @@ def test_a_sample_is_of_this_machine() -> None:
     assert not [name for name in sample if name.startswith("gpu_0_utilization") and not torch.cuda.is_available()]
 
 
+@pytest.mark.slow
 def test_samples_come_by_the_second_of_the_run_until_it_is_closed() -> None:
     tracker = MemoryTracker()
     asked = []
@@ -58,6 +60,7 @@ def test_samples_come_by_the_second_of_the_run_until_it_is_closed() -> None:
     assert all(1000 <= row.step < 1100 for row in tracker.rows)
 
 
+@pytest.mark.slow
 def test_a_monitor_writes_to_mlflow_and_is_off_where_none_is_wanted(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     run_id = runs.open_run(uri, "cells", "a", "abc", {}, {})

@@ -87,6 +87,7 @@ def test_rows_in_flight_when_they_are_kept_are_neither_lost_nor_overtaken(tmp_pa
     assert drained(waiting) == logged[8:]
 
 
+@pytest.mark.slow
 def test_no_row_leaves_before_an_earlier_one_that_cannot_be_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

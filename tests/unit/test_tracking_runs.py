@@ -56,6 +56,7 @@ def train(tracker: MlflowTracker, first: int, last: int) -> None:
             tracker.log_metrics(step, {"student/AP": step / 100})
 
 
+@pytest.mark.slow
 def test_the_same_command_finds_its_run_and_another_identity_does_not(uri: str) -> None:
     client = connect(uri)
     many = {f"model.part{i}": "x" * 7000 for i in range(150)}
@@ -159,6 +160,7 @@ def test_a_deleted_project_is_named(uri: str) -> None:
         runs.open_run(uri, "gone", "a", "abc", {}, {})
 
 
+@pytest.mark.slow
 def test_a_run_that_was_deleted_is_named_with_how_to_restore_it(uri: str) -> None:
     run_id = runs.open_run(uri, "cells", "deleted while it runs", "abc", {}, {})
     tracker = MlflowTracker(uri, run_id)
@@ -319,6 +321,7 @@ def test_a_file_made_anew_takes_the_place_of_one_that_waits_in_the_folder(
     assert spool.sizes() == {}
 
 
+@pytest.mark.slow
 def test_a_store_is_made_without_chatter_or_files_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     code = (
@@ -372,6 +375,7 @@ def test_rows_of_a_killed_process_arrive_from_its_checkpoint(uri: str, run_id: s
     assert times[:10] == [row.timestamp_ms for row in resend], "stamped when logged, not when sent"
 
 
+@pytest.mark.slow
 def test_a_long_outage_leaves_memory_and_arrives_in_another_process(uri: str, run_id: str, tmp_path: Path) -> None:
     code = (  # killed with 1,000 steps of a run that nobody took: most in pages, the newest in a checkpoint
         "import json, os, pathlib; from PIL import Image; from mimiclab.storage import Storage;"
@@ -440,6 +444,7 @@ def test_many_threads_and_more_rows_than_one_call_holds(uri: str, run_id: str) -
 
 
 @pytest.mark.parametrize("calls", [0, 1, 2])
+@pytest.mark.slow
 def test_a_step_of_many_metrics_arrives_whole_and_once_also_after_a_restart_in_its_middle(
     uri: str, run_id: str, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
@@ -496,6 +501,7 @@ def test_names_of_any_language_and_length_arrive_under_keys_of_their_own(uri: st
     assert known == {(f"validation/{key}", 1) for key in pictures.values()}
 
 
+@pytest.mark.slow
 def test_without_a_server_the_rows_are_kept_and_nobody_waits() -> None:
     tracker = MlflowTracker("http://127.0.0.1:9", "0" * 32, [Row("train/loss", 1.0, 5, 1)])
     took = []
