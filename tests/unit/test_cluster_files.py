@@ -101,6 +101,7 @@ def test_what_listens_beyond_loopback_is_only_what_workers_need(cloud: str) -> N
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+@pytest.mark.slow
 def test_a_manifest_is_what_kuberay_defines(path: Path) -> None:
     if not SCHEMAS.is_dir():
         pytest.skip("KubeRay's definitions are not beside the project")

@@ -157,6 +157,7 @@ def test_down_leaves_a_process_alone_that_was_given_the_same_number(cluster, fam
     assert said[0].startswith("ended 0 processes")
 
 
+@pytest.mark.slow
 def test_a_node_that_was_just_starting_and_does_not_hear_is_ended_too(cluster, monkeypatch):
     monkeypatch.setattr(local, "_STOP_TIMEOUT_S", 0.5)
     script = "trap '' TERM; echo deaf; while :; do sleep 0.1; done"

@@ -102,6 +102,7 @@ def test_without_any_cluster_the_verb_that_starts_one_is_named():
 
 @pytest.mark.parametrize("first", ["", "import ray; "])
 @pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.slow
 def test_the_token_is_sent_to_the_cluster_of_this_machine_only(ours, first, tmp_path):
     """In a process of its own, with and without Ray in it by then: Ray reads its settings when it is imported."""
     (tmp_path / ".ray").mkdir()

@@ -310,6 +310,7 @@ def crowd(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_two_hundred_runs_are_compared_in_seconds(crowd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(crowd)
     calls = count_searches(monkeypatch)
@@ -332,6 +333,7 @@ def test_two_hundred_runs_are_compared_in_seconds(crowd: Path, monkeypatch: pyte
     assert table(found, "parameters").columns == ("run", "optim.lr")
 
 
+@pytest.mark.slow
 def test_two_hundred_names_that_mlflow_alone_has_take_few_calls(crowd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(crowd)
     calls = count_searches(monkeypatch)

@@ -176,6 +176,7 @@ def stored(draw: st.DrawFn) -> tuple[tuple[int, int], list[list[float]]]:
     short=st.sampled_from([2, 3]) | st.integers(2, 60),
     config=st.sampled_from(list(CONFIGS.values())),
 )
+@pytest.mark.slow
 def test_the_detector_takes_whatever_comes_out(
     images: list[tuple[tuple[int, int], list[list[float]]]], step: int, short: int, config: AugmentConfig
 ) -> None:

@@ -339,6 +339,7 @@ def test_an_order_of_another_data_set_is_refused(dataset: CocoDataset) -> None:
         TrainBatches(dataset, Order(3, 2, seed=0), short=48, long=64, flip=0.5, rank=0, world=1)
 
 
+@pytest.mark.slow
 def test_checking_images_keeps_none_of_them(dataset: CocoDataset) -> None:
     class Watched:
         """The first image comes last, and sees what is left of the others."""

@@ -690,6 +690,7 @@ def test_a_missing_package_is_said_before_anything_is_read(tmp_path: Path, monke
     assert message == f"the package globox is missing, expected it from: {INSTALL}"
 
 
+@pytest.mark.slow
 def test_the_verb_imports_and_its_mistakes_end_with_exit_code_2(tmp_path: Path) -> None:
     source = voc(tmp_path / "voc", train={"a": xml([CAT], first=0, extra="<difficult>1</difficult>")})
     command = [sys.executable, "-m", "mimiclab", "data", "import", str(source), str(tmp_path / "out")]

@@ -123,6 +123,7 @@ def test_every_object_stays_visible() -> None:
     assert overlaps > 10
 
 
+@pytest.mark.slow
 def test_sizes_and_numbers_are_as_described() -> None:
     drawn = [render_scene(0, 0, index, 128)[1] for index in range(240)]
     assert sum(not objects for objects in drawn) == 20

@@ -235,6 +235,7 @@ def test_figures_are_drawn(tracker: MemoryTracker, name: str) -> None:
     assert (pixels == 255).all(1).mean() > 0.4
 
 
+@pytest.mark.slow
 def test_one_head_many_classes_and_nothing_found_are_drawn_too(tmp_path: Path) -> None:
     for num_classes, found in ((1, []), (30, [(0, RED, 0.9)])):
         dataset = truth([RED], classes=num_classes, folder=tmp_path)

@@ -110,6 +110,7 @@ def test_only_tracking_speaks_to_mlflow() -> None:
     assert all(file.startswith("mimiclab/tracking/") for file in files), files
 
 
+@pytest.mark.slow
 def test_ray_is_for_what_runs_on_a_cluster() -> None:
     typed = for_types_only(PLATFORM)
     files = {file for file, name in imports(PLATFORM) if name.partition(".")[0] == "ray" and (file, name) not in typed}

@@ -146,6 +146,7 @@ def test_a_second_driver_is_refused_by_name_and_takes_over_when_the_first_is_kil
         assert lease.before.pid == pid
 
 
+@pytest.mark.slow
 def test_of_two_drivers_at_the_same_moment_one_wins(tmp_path: Path, start: Callable[[], Driver]) -> None:
     drivers = start(), start()
     assert [driver.answer() for driver in drivers] == ["ready", "ready"]

@@ -129,6 +129,7 @@ STUDENT = (
 
 @OPTIONS
 @pytest.mark.parametrize("offsets", ["learned", "analytic_learned"])
+@pytest.mark.slow
 def test_the_student_follows_its_own_losses_and_the_mimic_losses(sections: dict[str, Any], offsets: str) -> None:
     # Nothing is detached between these losses and the student's own weights.
     model = detector(student=replace(TINY.student, offsets=offsets), **sections)

@@ -473,6 +473,7 @@ some_images = st.tuples(st.integers(2, SIZE), st.integers(2, SIZE), some_objects
 @pytest.mark.parametrize("sections", [{}, OTHER], ids=["default", "all other options"])
 @settings(deadline=None, max_examples=25, derandomize=True)
 @given(some=st.lists(some_images, min_size=1, max_size=3))
+@pytest.mark.slow
 def test_losses_of_any_images_equal_loops_over_boxes(
     sections: dict[str, Any], some: list[tuple[int, int, list[tuple[Box, int, bool]], int]]
 ) -> None:

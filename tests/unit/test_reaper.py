@@ -125,6 +125,7 @@ def test_what_mlflow_knows_better_or_not_at_all_stays(make: Callable[..., Run], 
     assert not (tmp_path / "gone.db").exists()
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_stops_nothing_and_is_asked_once(
     make: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,6 +123,7 @@ def searches(draw: st.DrawFn) -> tuple[dict[str, int], str, list[tuple[str, int,
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 @settings(max_examples=300, deadline=None)
 @given(searches())
+@pytest.mark.slow
 def test_decisions_made_once_are_those_of_rays_scheduler(
     search: tuple[dict[str, int], str, list[tuple[str, int, float]]],
 ) -> None:
@@ -149,6 +150,7 @@ def test_decisions_made_once_are_those_of_rays_scheduler(
 
 @settings(max_examples=300, deadline=None)
 @given(searches())
+@pytest.mark.slow
 def test_the_best_at_the_highest_rung_is_never_stopped(
     search: tuple[dict[str, int], str, list[tuple[str, int, float]]],
 ) -> None:

@@ -311,6 +311,7 @@ def test_a_trial_that_the_search_did_not_make_is_refused(folder: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_search_that_starts_anew_leaves_nothing_of_an_earlier_one(folder: Path) -> None:
     driver = Driver("search.trials=3")
     loaded = load_experiment("x.yaml", ["search.trials=2"])
@@ -343,6 +344,7 @@ def test_a_search_that_starts_anew_leaves_nothing_of_an_earlier_one(folder: Path
     assert set(open_all()).isdisjoint(before)
 
 
+@pytest.mark.slow
 def test_the_processes_of_a_killed_driver_are_waited_for(folder: Path) -> None:
     driver = Driver("search.trials=2")
     lease = Lease.take(runs.storage_of(driver.trials[1].experiment), "small-trial-01")

@@ -181,6 +181,7 @@ def test_the_key_that_matters_is_found_and_the_other_is_not(tmp_path: Path) -> N
     assert found.r2 > 0.5
 
 
+@pytest.mark.slow
 def test_trials_are_compared_after_the_same_training(tmp_path: Path) -> None:
     """Those that were not cut are far above the others by their last values, which says nothing of their keys."""
     noise = random.Random(1)
@@ -253,6 +254,7 @@ def test_the_report_of_a_search_under_way(mixed: MadeUp, story: SearchStory) -> 
         assert f"]({name})" in text
 
 
+@pytest.mark.slow
 def test_the_report_of_a_search_with_importance_shows_it(tmp_path: Path) -> None:
     noise = random.Random(0)
     made = search(tmp_path, 40, lambda values: effect(values, noise))
@@ -308,6 +310,7 @@ def test_a_report_replaces_the_one_before(tmp_path: Path) -> None:
     assert "old.png" not in (made.storage / REPORT).sizes()
 
 
+@pytest.mark.slow
 def test_the_files_are_artifacts_of_the_parent(tmp_path: Path, mixed: MadeUp) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     parent = searches.open_search(uri, "cells", "look", "abc", {}, "")
@@ -353,6 +356,7 @@ def test_every_kind_of_key_is_drawn(tmp_path: Path, draw: Any) -> None:
 
 @pytest.mark.parametrize("draw", [figures.draw_curves, figures.draw_keys, figures.draw_parallel])
 @pytest.mark.parametrize("values", [[0.3], [NAN, 0.3], [0.3, NAN]])
+@pytest.mark.slow
 def test_a_single_trial_is_drawn(tmp_path: Path, draw: Any, values: list[float]) -> None:
     made = MadeUp(tmp_path, FILE, "search.trials=1")
     made.start(0)
@@ -362,6 +366,7 @@ def test_a_single_trial_is_drawn(tmp_path: Path, draw: Any, values: list[float])
     assert drawn(tmp_path / "x.png") > 10
 
 
+@pytest.mark.slow
 def test_a_choice_of_one_value_and_a_key_of_one_panel_are_drawn(tmp_path: Path) -> None:
     text = FILE[: FILE.index("    optim.lr")] + "    optim.name: {choice: [sgd]}\n"
     made = search(tmp_path, 3, lambda values: 0.3, text)

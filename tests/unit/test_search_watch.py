@@ -112,6 +112,7 @@ def wait_until_said(terminal: Console, text: str, after: int = 0) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_the_table_follows_the_record(tmp_path: Path) -> None:
     made = MadeUp(tmp_path)
     terminal, record = console(terminal=True), made.write()

@@ -303,6 +303,7 @@ def test_a_recommendation_drains_if_asked_to_and_a_notice_then_sets_the_deadline
     assert rounds.node.drains == [None, deadline]
 
 
+@pytest.mark.slow
 def test_a_session_is_renewed_before_it_expires(aws: Metadata) -> None:
     aws.token_s = 1
     source = Aws()
@@ -392,6 +393,7 @@ FAULTS: list[Callable[[Handler], None]] = [
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.slow
 def test_a_question_without_an_answer_is_said_once_and_survived(
     aws: Metadata, fault: Callable[[Handler], None]
 ) -> None:
@@ -483,6 +485,7 @@ def test_questions_back_off_to_a_limit() -> None:
 # GCP
 
 
+@pytest.mark.slow
 def test_a_preempted_instance_has_thirty_seconds(gcp: Metadata) -> None:
     rounds = Rounds(Gcp(1))
     rounds()
@@ -515,12 +518,14 @@ def test_a_change_between_two_questions_is_not_waited_for(gcp: Metadata) -> None
     assert time.monotonic() - start < 1
 
 
+@pytest.mark.slow
 def test_a_wait_without_a_change_is_no_failure(gcp: Metadata) -> None:
     rounds = Rounds(Gcp(1))  # longer than a plain question may take
     assert rounds(2) == [f"watching over node {NODE}"]
     assert "timeout_sec=1" in gcp.questions()[2]
 
 
+@pytest.mark.slow
 def test_maintenance_that_stops_the_instance_drains_it_and_a_move_does_not(gcp: Metadata) -> None:
     rounds = Rounds(Gcp(1))
     gcp.put("maintenance-event", "MIGRATE_ON_HOST_MAINTENANCE")
@@ -686,6 +691,7 @@ def test_sigterm_is_the_notice_of_kubernetes() -> None:
     assert time.monotonic() - start > 1.5
 
 
+@pytest.mark.slow
 def test_the_hook_of_a_pod_that_ends_needs_no_signal() -> None:
     code, output = finish(command("--cloud", "kubernetes", "--once", "--grace-seconds", "1"))
 

@@ -154,6 +154,7 @@ def test_what_a_killed_process_began_is_taken_up(tmp_path: Path, monkeypatch: py
     assert len(MlflowClient(run.tracking).get_run(run.mlflow_run_id).outputs.model_outputs) == 1
 
 
+@pytest.mark.slow
 def test_better_weights_are_a_new_version_and_take_the_alias(tmp_path: Path) -> None:
     run = tracked(tmp_path)
     register(run, "champion", "shapes")

@@ -250,6 +250,7 @@ def test_tags_wait_for_the_server_and_the_last_value_counts(uri: str, run_id: st
     assert (tags["host.cpu"], tags["device"]) == ("b", "cpu")
 
 
+@pytest.mark.slow
 def test_what_the_server_does_not_take_waits_in_the_run_s_folder(uri: str, run_id: str, tmp_path: Path) -> None:
     spool = Storage(tmp_path / "unsent")
     tracker = MlflowTracker("http://127.0.0.1:9", run_id, spool=spool)  # nobody answers there
@@ -356,6 +357,7 @@ def test_the_history_is_exact_after_a_crash_and_a_resume_from_an_older_checkpoin
     assert connect(uri).get_metric_history(run_id, "train/loss")[:13] == before
 
 
+@pytest.mark.slow
 def test_rows_of_a_killed_process_arrive_from_its_checkpoint(uri: str, run_id: str, tmp_path: Path) -> None:
     code = (  # on port 9 nobody answers
         "import json, os, pathlib, sys; from mimiclab.tracking.writer import MlflowTracker;"

@@ -18,6 +18,7 @@ def open_search(uri: str, name: str, num_trials: int) -> tuple[str, list[str]]:
     return parent, [runs.open_run(uri, "cells", f"{name}-{i}", "abc", {}, tags) for i in range(num_trials)]
 
 
+@pytest.mark.slow
 def test_the_newest_search_is_the_one_to_compare(uri: str) -> None:
     assert searches.newest_search(uri, "cells") is None
     runs.open_run(uri, "cells", "plain", "abc", {}, {})

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from tinyruns import quiet, said, tiny
 
 from mimiclab.tracking import runs as tracking
@@ -9,6 +10,7 @@ from mimiclab.tracking.client import connect
 from mimiclab.train import _open, check
 
 
+@pytest.mark.slow
 def test_a_run_whose_history_was_deleted_goes_on_in_a_new_one_and_says_so(tmp_path: Path) -> None:
     experiment = tiny(tmp_path)
     uri = tracking.absolute_uri(experiment.where.tracking)
