@@ -192,6 +192,7 @@ def test_the_worst_images_are_named_rated_and_shown(tracker: MemoryTracker) -> N
     assert not [name for name in tracker.files if name.endswith("worst/3.png")]
 
 
+@pytest.mark.slow
 def test_no_picture_of_an_earlier_evaluation_stays_among_the_worst(dataset: CocoDataset) -> None:
     tracker = MemoryTracker()
     log_report(tracker, dataset, score(dataset, [{"student": rows()}]), num_worst=4)

@@ -186,6 +186,7 @@ def test_people_read_a_row_per_restart() -> None:
     assert cells[3][1:] == ["40.0 s", "driver: its driver died", "4", "5", "3", "12.0 s"]
 
 
+@pytest.mark.slow
 def test_mlflow_has_each_point_once_however_often_it_is_sent(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     run_id = runs.open_run(uri, "cells", "x", "abc", {}, {})

@@ -178,6 +178,7 @@ def test_frozen_stages_have_no_gradient(
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+@pytest.mark.slow
 def test_norms_within_their_convolutions_train_as_behind_them(
     name: str, published: dict[str, tuple[nn.Module, Path]]
 ) -> None:

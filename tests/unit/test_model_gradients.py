@@ -140,6 +140,7 @@ def test_the_student_follows_its_own_losses_and_the_mimic_losses(sections: dict[
 @pytest.mark.parametrize(
     "mimic", [MimicConfig(), MimicConfig(centered_logits=True, before_relu=True, reg_positives_only=True, num_boxes=14)]
 )
+@pytest.mark.slow
 def test_the_student_follows_each_mimic_loss(mimic: MimicConfig) -> None:
     model = detector(mimic=mimic)
     check(model, ["mimic_cls"], ["student.cls_hidden", "student.logits", "student.samplers"])
@@ -153,6 +154,7 @@ def test_the_teacher_follows_its_own_losses(sections: dict[str, Any]) -> None:
     check(model, ["teacher_cls", "teacher_box"], [f"teacher.{part}" for part in parts])
 
 
+@pytest.mark.slow
 def test_the_teacher_follows_the_mimic_losses_unless_detached() -> None:
     model = detector(mimic=MimicConfig(detach_teacher=False))
     check(model, ["mimic_cls", "mimic_reg"], ["teacher.cls_hidden", "teacher.logits", "teacher.reg_hidden"])
@@ -161,6 +163,7 @@ def test_the_teacher_follows_the_mimic_losses_unless_detached() -> None:
 
 
 @OPTIONS
+@pytest.mark.slow
 def test_the_refinement_follows_its_own_losses_down_to_the_images(sections: dict[str, Any]) -> None:
     parts = ("refinement.conv", "refinement.objectness", "refinement.deltas", "pyramid.output.3", "backbone.stages.0")
     check(detector(**sections), ["refine_cls", "refine_box"], parts)

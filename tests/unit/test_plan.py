@@ -91,6 +91,7 @@ def test_bursts_interrupt_less_often_for_the_same_life_of_a_machine() -> None:
     assert mean(JOB, together, 60.0).total_s < mean(JOB, alone, 60.0).total_s
 
 
+@pytest.mark.slow
 def test_a_fleet_that_dies_faster_than_it_starts_never_ends() -> None:
     hopeless = replace(FLEET, workers=1000, mtbf_s=3600.0)
     outcome = simulate(replace(JOB, num_steps=10**9), hopeless, every_s=3600.0)

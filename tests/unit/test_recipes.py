@@ -362,6 +362,7 @@ def test_the_level_of_the_teacher_is_computed_for_training_alone() -> None:
     assert sorted(seen) == ["lateral", "output"]
 
 
+@pytest.mark.slow
 def test_detecting_runs_neither_the_teacher_nor_its_level() -> None:
     # On values, at the real width, of a small image.
     model = MimicDet(load(BASE).model, NUM_CLASSES, pretrained=False).eval()

@@ -262,6 +262,7 @@ def test_rm_of_one_trial_leaves_the_others(root: Path, mimiclab: Command) -> Non
 
 @pytest.mark.parametrize("busy", ["itself", "hunt"])
 @pytest.mark.parametrize("wanted", ["hunt", "hunt-trial-01", "hunt-trial-00-seed-1"])
+@pytest.mark.slow
 def test_rm_refuses_what_a_driver_is_at_work_on(root: Path, mimiclab: Command, busy: str, wanted: str) -> None:
     parent = make_search(root)
     busy = wanted if busy == "itself" else busy

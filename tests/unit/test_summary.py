@@ -32,6 +32,7 @@ def summary(storage: str) -> list[str]:
     return console.file.getvalue().splitlines()[-4:]
 
 
+@pytest.mark.slow
 def test_a_run_in_the_usual_place_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     weights, pictures, mlflow, try_it = summary("./runs")

@@ -69,6 +69,7 @@ def test_a_store_that_is_silent_at_the_end_of_a_command_is_no_reason_to_fail() -
     assert ui.place_of("http://127.0.0.1:9", "a" * 32).startswith("http://127.0.0.1:9, which does not say now where ")
 
 
+@pytest.mark.slow
 def test_a_project_without_runs_has_no_dead_links(uri: str) -> None:
     open_run(uri, "others", "a")
     said: list[str] = []
