@@ -75,16 +75,20 @@ def left_over(root: Path, output: str) -> list[str]:
     return found
 
 
-@pytest.fixture(scope="module")
-def output(root: Path) -> str:
-    """What a drill prints that ends with 0."""
-    process = start(root, "--events", EVENTS)
+def output_of(process: "subprocess.Popen[str]", timeout: float = 1500) -> str:
+    """What a command prints that ends with 0."""
     try:
-        output, _ = process.communicate(timeout=1500)
+        output, _ = process.communicate(timeout=timeout)
     finally:
         process.kill()
     assert process.returncode == 0, output
     return output
+
+
+@pytest.fixture(scope="module")
+def output(root: Path) -> str:
+    """What a drill prints that ends with 0."""
+    return output_of(start(root, "--events", EVENTS))
 
 
 def story(root: Path) -> list[dict]:
@@ -197,13 +201,7 @@ def test_a_drill_is_a_job_as_well(tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY.replace("ROOT", str(tmp_path)))
 
     def run(*args: str) -> str:
-        process = mimiclab(tmp_path, *args)
-        try:
-            output, _ = process.communicate(timeout=1200)
-        finally:
-            process.kill()
-        assert process.returncode == 0, output
-        return output
+        return output_of(mimiclab(tmp_path, *args), timeout=1200)
 
     try:
         run("cluster", "up", "--num-cpus", "0")
