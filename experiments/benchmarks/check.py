@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import random
 import resource
 import statistics
@@ -22,6 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from machine import surroundings
 from PIL import Image
 
 from mimiclab.data.flaws import find_flaws
@@ -120,7 +120,7 @@ def _measure_images(folder: Path, num: int, repeats: int) -> None:
         single.append(time.perf_counter() - between)
     size = statistics.mean(path.stat().st_size for path in paths)
     print(
-        f"{num} JPEG files of {SIZE[0]} x {SIZE[1]}, {size / 1e3:.0f} kB each, {os.cpu_count()} CPUs: "
+        f"{num} JPEG files of {SIZE[0]} x {SIZE[1]}, {size / 1e3:.0f} kB each; {surroundings('pillow')}: "
         f"median {num / statistics.median(threads):.0f} images/s in threads, "
         f"{num / statistics.median(single):.0f} one at a time"
     )

@@ -15,19 +15,17 @@ import contextlib
 import io
 import multiprocessing
 import multiprocessing.connection
-import os
-import platform
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from machine import surroundings
 
 from mimiclab.analysis import analyse
 from mimiclab.data.coco import CocoDataset, coco_ground_truth
@@ -182,12 +180,11 @@ def _table(
     metrics: dict[str, dict[str, float]],
     memory: dict[str, float],
 ) -> Iterator[str]:
-    yield f"# Scoring an evaluation, {time.strftime('%Y-%m-%d')}\n"
+    yield "# Scoring an evaluation\n"
     yield f"Command: `python experiments/benchmarks/evaluation.py {shlex.join(sys.argv[1:])}`"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("pycocotools", "faster-coco-eval", "numpy"))
     yield (
-        f"{args.images:,} images, {args.classes} classes, {num:,} detections. Python {platform.python_version()}, "
-        f"{versions}; {os.cpu_count()} {platform.machine()} cores. Ratios are medians of {args.rounds} rounds.\n"
+        f"{args.images:,} images, {args.classes} classes, {num:,} detections. "
+        f"{surroundings('pycocotools', 'faster-coco-eval', 'numpy')}. Ratios are medians of {args.rounds} rounds.\n"
     )
     yield f"| | median CPU s | min | max | to {PEER} | peak MB | largest difference of a metric |"
     yield "|---|---|---|---|---|---|---|"

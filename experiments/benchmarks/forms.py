@@ -13,7 +13,8 @@ from unittest import mock
 
 import torch
 from inference import inference
-from peers import OURS, Setting, arguments, report, settings, surroundings, table, take_turns
+from machine import surroundings
+from peers import OURS, Setting, arguments, report, settings, table, take_turns
 from torch import Tensor
 from torchvision.ops import FrozenBatchNorm2d
 from training import training_step
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     args = parser.parse_args()
     (setting,) = settings(args, [args.batch])
-    parts = [f"{setting}; {args.rounds} rounds. {surroundings(setting.device)}."]
+    parts = [f"{setting}; {args.rounds} rounds. {surroundings('torch', 'torchvision', device=args.device)}."]
     trained = take_turns(
         {name: _form(name, training_step, setting) for name in TAKEN_BACK}, args.rounds, setting.device
     )

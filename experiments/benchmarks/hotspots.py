@@ -4,8 +4,9 @@
     python experiments/benchmarks/hotspots.py --device cuda --precision bf16 --batch 16
 
 The first table of each is by operator, from torch.profiler. The second lists what makes the host wait for a GPU's
-results: operators whose outcome Python or an output's shape needs. They are counted on any device, by the line of the
-package that calls them; `tolist` and moves between devices are not among them.
+results: operators whose outcome Python or an output's shape needs, and numbers that are made on the host and copied
+(`lift_fresh` is torch's name for them). They are counted on any device, by the line of the package that calls them;
+only the moves of images and targets to the device are not among them.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import OURS, Setting, arguments, detector, report, settings, surroundings
+from machine import surroundings
+from peers import OURS, Setting, arguments, detector, report, settings
 from torch import Tensor
 from torch.autograd.profiler_util import EventList
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import training_step
@@ -28,7 +31,18 @@ from training import training_step
 import mimicdet
 
 # Operators that copy a number to the host, or whose output is as long as the data says.
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "nms", "is_nonzero", "equal")
+WAITS = (
+    "_local_scalar_dense",
+    "_unique2",
+    "bincount",
+    "equal",
+    "is_nonzero",
+    "lift_fresh",
+    "masked_select",
+    "nms",
+    "nonzero",
+    "unique_dim",
+)
 NUM_OPERATORS = 20
 
 
@@ -39,7 +53,7 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="folder for the traces, which are large")
     args = parser.parse_args()
     (setting,) = settings(args, [args.batch])
-    parts = [f"{setting}. {surroundings(setting.device)}."]
+    parts = [f"{setting}. {surroundings('torch', 'torchvision', device=args.device)}."]
     for name, act in (("Training step", training_step(OURS, setting)), ("Inference", _inference(setting))):
         act()
         with count_waits() as waits:
@@ -78,12 +92,15 @@ def _operators(events: EventList, device: torch.device) -> str:
     return "\n".join(["| operator | ms itself | share | calls |", "|---|---|---|---|", *rows])
 
 
-class _Waits(TorchDispatchMode):
+Waits = Counter[tuple[str, str]]
+
+
+class _Operators(TorchDispatchMode):
     """Counts the operators of WAITS, and lookups by a mask, by the line of the package that calls them."""
 
-    def __init__(self) -> None:
+    def __init__(self, counted: Waits) -> None:
         super().__init__()
-        self.counted: Counter[tuple[str, str]] = Counter()
+        self.counted = counted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -95,11 +112,25 @@ class _Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Lists(TorchFunctionMode):
+    """Counts calls of `tolist`, which is no operator."""
+
+    def __init__(self, counted: Waits) -> None:
+        super().__init__()
+        self.counted = counted
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.tolist:
+            self.counted["tolist", _caller()] += 1
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
-def count_waits() -> Iterator[Counter[tuple[str, str]]]:
+def count_waits() -> Iterator[Waits]:
     """Count, by operator and calling line, what waits for a GPU's results."""
-    with _Waits() as mode:
-        yield mode.counted
+    counted: Waits = Counter()
+    with _Operators(counted), _Lists(counted):
+        yield counted
 
 
 def _caller() -> str:
@@ -110,7 +141,7 @@ def _caller() -> str:
     return "outside of mimicdet"
 
 
-def _waits_table(waits: Counter[tuple[str, str]]) -> str:
+def _waits_table(waits: Waits) -> str:
     rows = [f"| {name} | `{line}` | {num} |" for (name, line), num in sorted(waits.items(), key=lambda item: -item[1])]
     return "\n".join([f"| waits: {waits.total()} | where | times |", "|---|---|---|", *rows])
 

@@ -14,52 +14,41 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from machine import surroundings
 from peers import (
     OURS,
     PEERS,
     Setting,
     arguments,
+    best,
     best_forms,
     detector,
+    forms,
     report,
     settings,
-    surroundings,
     table,
     take_turns,
 )
-from torch import nn
-
-LAST, COMPILED = ", channels last", ", compiled"
-# What is compiled of each detector, where it is there: the parts without choices that depend on the data.
-DENSE_PARTS = ("backbone", "pyramid", "refinement", "head", "rpn.head", "roi_heads.box_head")
 
 
 def main() -> None:
     """Run the benchmark and write what was measured."""
     parser = arguments(__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="also with the dense parts compiled, on both sides")
     args = parser.parse_args()
-    ours, forms = [OURS], ["", LAST]
-    if args.compile:
-        ours, forms = [OURS, OURS + COMPILED], [*forms, LAST + COMPILED]
+    names = [form for name in (OURS, *PEERS) for form in forms(name, args.compile)]
     parts = []
     for setting in settings(args, args.batch):
-        names = ours + [peer + form for peer in PEERS for form in forms]
         with torch.inference_mode():
             times = take_turns({name: inference(name, setting) for name in names}, args.rounds, setting.device)
-        against = min(ours, key=lambda name: sorted(times[name])[len(times[name]) // 2])
-        parts += [f"Inference: {setting}; {args.rounds} rounds.", table(times, against), best_forms(times, against)]
-    report([f"{surroundings(setting.device)}.", *parts], args.output)
+        parts += [f"Inference: {setting}; {args.rounds} rounds.", table(times, best(times, OURS)), best_forms(times)]
+    report([f"{surroundings('torch', 'torchvision', device=args.device)}.", *parts], args.output)
 
 
-def inference(name: str, setting: Setting) -> Callable[[], object]:
-    """A function that runs `name` once; it may end in LAST, COMPILED or both."""
-    plain = name.removesuffix(COMPILED)
-    peer = plain.removesuffix(LAST)
-    net = detector(peer, setting, channels_last=peer != plain).eval()
-    if plain != name:
-        _compile(net)
+def inference(form: str, setting: Setting) -> Callable[[], object]:
+    """A function that runs a form of a detector once."""
+    net = detector(form, setting).eval()
     images = setting.images()
 
     def detect() -> object:
@@ -67,14 +56,6 @@ def inference(name: str, setting: Setting) -> Callable[[], object]:
             return net(images)
 
     return detect
-
-
-def _compile(net: nn.Module) -> None:
-    for part in DENSE_PARTS:
-        try:
-            net.get_submodule(part).compile()
-        except AttributeError:  # another detector's
-            continue
 
 
 if __name__ == "__main__":

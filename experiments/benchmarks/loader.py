@@ -19,7 +19,6 @@ import contextlib
 import io
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -29,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
+from machine import surroundings
 from PIL import Image
 from pycocotools.coco import COCO
 from torch import Tensor
@@ -62,10 +61,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(
-        f"torch {torch.__version__}, torchvision {torchvision.__version__}, {platform.machine()}, "
-        f"{os.cpu_count()} CPUs, {args.threads} threads"
-    )
+    print(surroundings("torch", "torchvision"))
     with tempfile.TemporaryDirectory() as folder:
         for name in args.data.split(","):
             {"bccd": _bccd, "scenes": _scenes, "start": _start}[name](Path(folder), args.repeats)

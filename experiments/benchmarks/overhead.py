@@ -15,7 +15,6 @@ import argparse
 import itertools
 import multiprocessing
 import os
-import platform
 import signal
 import statistics
 import tempfile
@@ -26,8 +25,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
-import ray
 import torch
+from machine import surroundings
 from rich.console import Console
 from turns import await_steps, awake, follow, seconds_of_steps, workers_of
 
@@ -106,8 +105,8 @@ def _measure(experiment: Experiment, rounds: int, seconds: float) -> None:
 
 def _print(measured: dict[str, list[list[float]]], experiment: Experiment) -> None:
     print(
-        f"{experiment.model.backbone.name}, {experiment.optim.global_batch} images a step; torch {torch.__version__}, "
-        f"ray {ray.__version__}, {platform.machine()}, {os.cpu_count()} CPUs, 1 thread each\n\n"
+        f"{experiment.model.backbone.name}, {experiment.optim.global_batch} images a step, 1 thread each; "
+        f"{surroundings('torch', 'ray')}\n\n"
         "| | median s a step | min | max | steps |\n|---|---|---|---|---|"
     )
     for name, found in measured.items():

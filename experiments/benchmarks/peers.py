@@ -8,8 +8,6 @@ on them but how many candidates there are, and these are made equal: see `detect
 from __future__ import annotations
 
 import argparse
-import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -26,10 +23,13 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from mimicdet import MimicDet, ModelConfig
 from mimicdet.config import BackboneConfig, InferenceConfig, TeacherConfig
-from mimiclab.facts import facts
 
 OURS, ALONE = "MimicDet", "MimicDet, student alone"
 PEERS = ("RetinaNet", "FCOS", "Faster R-CNN")
+# What may stand behind a detector's name, in this order: the forms in which it is measured.
+LAST, COMPILED = ", channels last", ", compiled"
+# What is compiled of each detector, where it is there: the parts without choices that depend on the data.
+DENSE_PARTS = ("backbone", "pyramid", "refinement", "head", "rpn.head", "roi_heads.box_head")
 NUM_CLASSES = 80
 NUM_OBJECTS = 8  # COCO has 7.3 in an image
 # No random weights give a score above this: no side has candidates for the last NMS.
@@ -102,25 +102,46 @@ def settings(args: argparse.Namespace, batches: Sequence[int]) -> list[Setting]:
     return [Setting(device, dtype, batch, args.height, args.width) for batch in batches]
 
 
-def detector(name: str, setting: Setting, *, channels_last: bool = False) -> nn.Module:
+def forms(name: str, compiled: bool) -> list[str]:
+    """The forms in which a detector is measured: peers in both memory formats, MimicDet arranges its own."""
+    found = [name, name + LAST] if name in PEERS else [name]
+    return [*found, found[-1] + COMPILED] if compiled else found
+
+
+def name_of(form: str) -> str:
+    """The detector of a form."""
+    return form.removesuffix(COMPILED).removesuffix(LAST)
+
+
+def detector(form: str, setting: Setting) -> nn.Module:
     """MimicDet as configured by default, or a peer as torchvision builds it, on the device.
 
     A score threshold leaves nothing to the last NMS on any side. Before that each detector has its own: MimicDet looks
     at 1000 positions, Faster R-CNN at 1000 proposals, in training at 2000 both.
 
     Args:
-        name: OURS, ALONE or one of PEERS.
+        form: OURS, ALONE or one of PEERS; after it LAST, COMPILED or both.
         setting: size of the images, and the device.
-        channels_last: memory format of a peer's weights; MimicDet arranges its own.
     """
     torch.manual_seed(0)
-    net = _ours(name == OURS) if name in (OURS, ALONE) else _peer(name, setting)
+    name = name_of(form)
+    net = _peer(name, setting) if name in PEERS else _ours(name == OURS)
     for block in net.modules():
         if isinstance(block, Bottleneck):
             block.bn3.weight.fill_(0.2)  # frozen norms of random weights let activations grow from block to block
-    if channels_last:
+    if LAST in form:
         net = net.to(memory_format=torch.channels_last)
+    if form.endswith(COMPILED):
+        _compile(net)
     return net.to(setting.device)
+
+
+def _compile(net: nn.Module) -> None:
+    for part in DENSE_PARTS:
+        try:
+            net.get_submodule(part).compile()
+        except AttributeError:  # another detector's
+            continue
 
 
 def _ours(teacher: bool) -> nn.Module:
@@ -178,6 +199,11 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def best(times: Mapping[str, Sequence[float]], name: str) -> str:
+    """The form of a detector that is fastest, by the median."""
+    return min((form for form in times if name_of(form) == name), key=lambda form: statistics.median(times[form]))
+
+
 def table(times: Mapping[str, Sequence[float]], against: str) -> str:
     """Markdown: median, spread, and the median of what each round's times are to those of `against`."""
     rows = ["| | median s | min | max | ratio | min | max |", "|---|---|---|---|---|---|---|"]
@@ -191,24 +217,15 @@ def table(times: Mapping[str, Sequence[float]], against: str) -> str:
     return "\n".join(rows)
 
 
-def best_forms(times: Mapping[str, Sequence[float]], against: str) -> str:
-    """One line: each peer by the form that is faster."""
+def best_forms(times: Mapping[str, Sequence[float]]) -> str:
+    """One line: MimicDet against each peer, both by the form that is fastest."""
+    ours = best(times, OURS)
     found = []
-    for peer in PEERS:
-        forms = {name: seconds for name, seconds in times.items() if name.startswith(peer)}
-        if forms:
-            best = min(forms, key=lambda name: statistics.median(forms[name]))
-            ratio = statistics.median(a / b for a, b in zip(forms[best], times[against], strict=True))
-            found.append(f"{best} / {against}: {ratio:.2f} x")
-    return "Best form of each peer, median of the rounds' ratios: " + "; ".join(found) + "."
-
-
-def surroundings(device: torch.device) -> str:
-    """One line: versions and hardware."""
-    host = facts(device)
-    machine = host.get("host.gpus", f"{host['host.cpu']}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
-    memory = math.ceil(float(host["host.memory_gb"]))
-    return f"torch {torch.__version__}, torchvision {torchvision.__version__}; {machine}, {memory} GB of memory"
+    for peer in dict.fromkeys(name_of(form) for form in times if name_of(form) in PEERS):
+        theirs = best(times, peer)
+        ratio = statistics.median(a / b for a, b in zip(times[theirs], times[ours], strict=True))
+        found.append(f"{theirs} / {ours}: {ratio:.2f} x")
+    return "Best forms, median of the rounds' ratios: " + "; ".join(found) + "."
 
 
 def report(parts: Sequence[str], output: Path | None) -> None:

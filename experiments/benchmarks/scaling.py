@@ -14,7 +14,6 @@ import argparse
 import itertools
 import multiprocessing
 import os
-import platform
 import signal
 import statistics
 import tempfile
@@ -22,8 +21,7 @@ import time
 from pathlib import Path
 
 import psutil
-import ray
-import torch
+from machine import surroundings
 from rich.console import Console
 from turns import await_steps, awake, follow, seconds_of_steps, workers_of
 
@@ -105,8 +103,8 @@ def _train(experiment_json: str) -> None:
 
 def _print(measured: dict[int, list[list[float]]], share: int, rounds: int) -> None:
     print(
-        f"{share} images a step and worker; torch {torch.__version__}, ray {ray.__version__}, {platform.machine()}, "
-        f"{os.cpu_count()} CPUs, 1 thread each\n\n| workers | median s a step | images a second | min | max | steps |\n"
+        f"{share} images a step and worker, 1 thread each; "
+        f"{surroundings('torch', 'ray')}\n\n| workers | median s a step | images a second | min | max | steps |\n"
         "|---|---|---|---|---|---|"
     )
     for workers, turns in measured.items():

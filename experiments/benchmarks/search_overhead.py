@@ -12,18 +12,15 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import psutil
-import ray
+from machine import surroundings
 from ray import tune
 
 from mimiclab.experiment import load_experiment
@@ -136,12 +133,10 @@ def main() -> None:
 
 def _print(course: TimedCourse, trials: list[Trial], total_s: float, algorithm: str) -> None:
     outcomes = ", ".join(f"{num} {outcome}" for outcome, num in Counter(trial.outcome for trial in trials).items())
-    memory_gb = psutil.virtual_memory().total / 1e9
     ours_s = sum(sum(seconds) for seconds in course.seconds.values())
     print(
-        f"{len(trials)} trials ({algorithm}): {outcomes}; ray {ray.__version__}, Python {platform.python_version()}, "
-        f"{platform.machine()}, {os.cpu_count()} CPUs, {memory_gb:.0f} GB, load {os.getloadavg()[0]:.1f}, "
-        f"{date.today().isoformat()}\n\n"
+        f"{len(trials)} trials ({algorithm}): {outcomes}; {surroundings('ray')}; load "
+        f"{os.getloadavg()[0]:.1f}\n\n"
         "| call | number | median ms | max ms | s in all |\n|---|---|---|---|---|"
     )
     for name, seconds in course.seconds.items():

@@ -11,16 +11,13 @@ run that was stopped goes on with the same command. Written as Markdown: half an
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import random
 import shlex
 import statistics
-import time
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 
+from machine import surroundings
 from rich.console import Console
 
 from mimiclab import runs
@@ -105,14 +102,10 @@ def _report(full: SearchStory, asha: SearchStory, overrides: list[str]) -> str:
 
 def _summary(full: SearchStory, asha: SearchStory, overrides: list[str]) -> Iterator[str]:
     lost, share = _best(full) - _best(asha), _steps(asha) / _steps(full)
-    yield f"# What ASHA saves, {time.strftime('%Y-%m-%d')}\n"
+    yield "# What ASHA saves\n"
     options = "".join(f" --set {shlex.quote(override)}" for override in overrides)
     yield f"Command: `python experiments/benchmarks/search_savings.py{options}`; its setting is in the file.\n"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("ray", "torch", "torchvision"))
-    yield (
-        f"Hardware: {os.cpu_count()} {platform.machine()} cores, no GPU used. Versions: Python "
-        f"{platform.python_version()}, {versions}.\n"
-    )
+    yield f"{surroundings('ray', 'torch', 'torchvision')}; no GPU used.\n"
     space = ", ".join(f"`{key}`" for key in asha.config.space)
     yield (
         f"{len(asha.trials)} trials over {space}, {asha.max_t} epochs each, one worker of one thread each; rungs at "

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -24,8 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import psutil
-import ray
-import torch
+from machine import surroundings
 
 from mimiclab.inbox import Event
 from mimiclab.progress import PROGRESS
@@ -55,9 +53,8 @@ def main() -> None:
         finally:
             _mimiclab("cluster", "down")
     print(
-        f"torch {torch.__version__}, ray {ray.__version__}, Python {platform.python_version()}, {os.cpu_count()} "
-        f"{platform.machine()} cores; {args.jobs} jobs; uploaded: {found[-1][1]}\n\n| part | median s | min | max |\n"
-        "|---|---|---|---|"
+        f"{surroundings('torch', 'ray')}; {args.jobs} jobs; uploaded: {found[-1][1]}\n\n"
+        "| part | median s | min | max |\n|---|---|---|---|"
     )
     rows = {part: [times[number] for times, _ in found] for number, part in enumerate(PARTS)}
     rows["all"] = [sum(times) for times, _ in found]

@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import multiprocessing
-import os
-import platform
 import socket
 import statistics
 import sys
@@ -24,18 +22,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
+from machine import surroundings
 
 from mimiclab.build import build_detector
 from mimiclab.data.dataset import training_batches
 from mimiclab.data.splits import locate, read_splits
 from mimiclab.engine import Engine
 from mimiclab.experiment import load_experiment
-from mimiclab.facts import facts
 from mimiclab.memory import memory_mb
 from mimiclab.schema import Experiment
 from mimiclab.system import SystemMonitor
@@ -131,11 +128,9 @@ def _steps(experiment: Experiment) -> Callable[[Tracker], float]:
 
 
 def _print(measured: dict[str, list[list[float]]], experiment: Experiment) -> None:
-    host = facts(torch.device("cpu"))
     print(
-        f"{experiment.model.backbone.name}, {experiment.optim.global_batch} images a step, 1 thread; "
-        f"mlflow {version('mlflow')}, torch {torch.__version__}, Python {platform.python_version()}; "
-        f"{host['host.cpu']}, {os.cpu_count()} cores\n\n"
+        f"{experiment.model.backbone.name}, {experiment.optim.global_batch} images a step; "
+        f"{surroundings('mlflow', 'torch')}\n\n"
         "| tracking | median s a step | min | max | ratio to memory | of the rounds |\n|---|---|---|---|---|---|"
     )
     medians = {side: [statistics.median(turn) for turn in turns] for side, turns in measured.items()}

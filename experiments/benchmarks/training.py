@@ -1,13 +1,14 @@
 """Time and memory of one training step: MimicDet against torchvision's RetinaNet and Faster R-CNN.
 
-    python experiments/benchmarks/training.py [--short] [--batch 1] [--output FILE]
+    python experiments/benchmarks/training.py [--short] [--batch 1] [--compile] [--output FILE]
     python experiments/benchmarks/training.py --device cuda --precision bf16 --batch 16 --rounds 30
 
 A step is forward, losses, backward and SGD with momentum, fused. The learning rate is 0: the work is the same and the
 weights stay as they were drawn, so that every step has as many candidates as the first one. Both detectors with
 proposals have 2000 of them, Faster R-CNN samples 512 and MimicDet 128 for the teacher and 128 for the student, as
-published. Sides take turns in one process; peers are run in both memory formats, and the faster form counts. The
-student alone, MimicDet without its teacher, is the control of what the teacher and mimicking add.
+published. Sides take turns in one process; peers are run in both memory formats, with --compile both sides also with
+backbone and heads compiled; the fastest form counts, of either side. The student alone, MimicDet without its teacher,
+is the control of what the teacher and mimicking add.
 
 Peak memory is that of a process of its own for each side: resident memory on a CPU, over what it was before the
 detector was built; on a GPU what torch had allocated, the detector included.
@@ -21,23 +22,25 @@ import statistics
 from collections.abc import Callable
 
 import torch
+from machine import surroundings
 from peers import (
     ALONE,
     OURS,
     Setting,
     arguments,
+    best,
     best_forms,
     detector,
+    forms,
+    name_of,
     report,
     settings,
-    surroundings,
     table,
     take_turns,
 )
 from torch import nn
 
 COMPARED = ("RetinaNet", "Faster R-CNN")
-LAST = ", channels last"
 MEMORY_STEPS = 3
 
 
@@ -45,29 +48,30 @@ def main() -> None:
     """Run the benchmark and write what was measured."""
     parser = arguments(__doc__)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="also with the dense parts compiled, on both sides")
     parser.add_argument("--no-memory", action="store_true", help="measure time alone")
     args = parser.parse_args()
     (setting,) = settings(args, [args.batch])
-    names = [OURS, ALONE, *(peer + form for peer in COMPARED for form in ("", LAST))]
+    names = [form for name in (OURS, ALONE, *COMPARED) for form in forms(name, args.compile)]
     # Before this process's own detectors: there may be no room for more.
-    memory = "" if args.no_memory else _memory_table(setting, [OURS, ALONE, *COMPARED])
+    memory = "" if args.no_memory else _memory_table(setting, names)
     times = take_turns({name: training_step(name, setting) for name in names}, args.rounds, setting.device)
-    ratios = [both / alone for both, alone in zip(times[OURS], times[ALONE], strict=True)]
+    ours = best(times, OURS)
+    ratios = [both / alone for both, alone in zip(times[ours], times[best(times, ALONE)], strict=True)]
     parts = [
-        f"Training step: {setting}; {args.rounds} rounds. {surroundings(setting.device)}.",
-        table(times, OURS),
-        best_forms(times, OURS),
+        f"Training step: {setting}; {args.rounds} rounds. {surroundings('torch', 'torchvision', device=args.device)}.",
+        table(times, ours),
+        best_forms(times),
         f"Teacher and mimicking add {statistics.median(ratios) - 1:.0%} to the time of the student alone.",
         memory,
     ]
     report([part for part in parts if part], args.output)
 
 
-def training_step(name: str, setting: Setting) -> Callable[[], None]:
-    """A function that trains `name` by one step; the name of a peer may end in LAST."""
-    peer = name.removesuffix(LAST)
-    net = detector(peer, setting, channels_last=peer != name).train()
-    images, targets = setting.images(), setting.targets(first_label=int(peer == "Faster R-CNN"))
+def training_step(form: str, setting: Setting) -> Callable[[], None]:
+    """A function that trains a form of a detector by one step."""
+    net = detector(form, setting).train()
+    images, targets = setting.images(), setting.targets(first_label=int(name_of(form) == "Faster R-CNN"))
     optimizer = torch.optim.SGD(_trainable(net), lr=0.0, momentum=0.9, weight_decay=1e-4, fused=True)
 
     def step() -> None:

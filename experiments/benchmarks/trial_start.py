@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 from pathlib import Path
 from unittest.mock import patch
 
 import ray
-import torch
+from machine import surroundings
 from rich.console import Console
 
 from mimiclab import runs
@@ -91,7 +90,7 @@ def _waits(file: Path, name: str, num_trials: int) -> list[float]:
 
 def _print(waits: dict[str, list[list[float]]]) -> None:
     print(
-        f"ray {ray.__version__}, torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} CPUs\n\n"
+        f"{surroundings('ray', 'torch')}\n\n"
         "| | first trial, s | min | max | later trials, s | min | max | trials |\n|---|---|---|---|---|---|---|---|"
     )
     for name, found in waits.items():
