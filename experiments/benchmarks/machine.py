@@ -22,8 +22,6 @@ def surroundings(*packages: str, device: str = "cpu") -> str:
 
     host = facts(torch.device(device))
     versions = [f"Python {host['version.python']}", *(f"{name} {version(name)}" for name in packages)]
-    if "torch" in packages and device == "cpu":
-        versions.append(f"{torch.get_num_threads()} threads")
     processor = f"{host['host.cpu']}, {os.cpu_count()} cores"
     memory = math.ceil(float(host["host.memory_gb"]))
     parts = [date.today().isoformat(), ", ".join(versions), host.get("host.gpus", processor), f"{memory} GB of memory"]

@@ -4,9 +4,9 @@
 
 One run of one worker is trained as `mimiclab train` does it, with everything around it: checkpoints written behind it,
 metrics sent to MLflow, notices watched, the driver told of every step. Beside it a process with the engine alone goes
-through the same batches. They take turns by the clock, the one that waits stopped by SIGSTOP, so that both meet the
-same machine; steps that were under way at a stop do not count. Printed are the medians of both and the median of the
-rounds' ratios.
+through the same batches. They take turns by the clock, the one that waits stopped by SIGSTOP, Ray included, so that
+both meet the same machine; steps that were under way at a stop do not count. Printed are the medians of both and the
+median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import psutil
 import torch
 from machine import surroundings
 from rich.console import Console
-from turns import await_steps, awake, follow, seconds_of_steps, workers_of
+from turns import await_steps, awake, follow, processes_of, seconds_of_steps, stop
 
 from mimiclab.build import build_detector
 from mimiclab.data.dataset import training_batches
@@ -76,9 +76,11 @@ def _measure(experiment: Experiment, rounds: int, seconds: float) -> None:
         await_steps(reader, WARM_UP)
         for _ in range(WARM_UP):
             here.recv()
-        sides = {"in Ray Train": workers_of(psutil.Process()), "the engine alone": [psutil.Process(bare.pid)]}
-        for process in itertools.chain(*sides.values()):
-            process.suspend()
+        sides = {
+            "in Ray Train": [process for process in processes_of(psutil.Process()) if process.pid != bare.pid],
+            "the engine alone": [psutil.Process(bare.pid)],
+        }
+        stop(list(itertools.chain(*sides.values())))
         seconds_of_steps(reader)
         list(_received(here))
         for number in range(rounds):
@@ -89,7 +91,7 @@ def _measure(experiment: Experiment, rounds: int, seconds: float) -> None:
                 measured[name].append(found[1:])  # the first one was under way at the stop
         for process in itertools.chain(*sides.values()):
             process.resume()
-        os.kill(os.getpid(), signal.SIGINT)  # as a user ends a run
+        os.kill(os.getpid(), signal.SIGTERM)  # as a job is ended: what a shell has put behind it ignores SIGINT
 
     thread = threading.Thread(target=take_turns, daemon=True)
     thread.start()

@@ -12,20 +12,42 @@ from mimiclab.progress import PROGRESS, ProgressReader
 from mimiclab.runs import folder_of
 from mimiclab.schema import Experiment
 
+# Longer than it takes what a worker tells to come to the driver's file.
+ARRIVAL_S = 1.0
+
 
 @contextmanager
 def awake(processes: Sequence[psutil.Process]) -> Iterator[None]:
-    """Let stopped processes go on for the time of a turn."""
+    """Let stopped processes go on for the time of a turn; then workers stop first, and what they told arrives."""
     for process in processes:
         process.resume()
     yield
+    stop(processes)
+
+
+def stop(processes: Sequence[psutil.Process]) -> None:
+    """Suspend processes, those that only carry what workers tell a little later."""
+    carriers = [process for process in processes if not _is_worker(process)]
     for process in processes:
+        if process not in carriers:
+            process.suspend()
+    time.sleep(ARRIVAL_S)
+    for process in carriers:
         process.suspend()
 
 
-def workers_of(driver: psutil.Process) -> list[psutil.Process]:
-    """Ray Train's workers of a run, by the process of its driver."""
-    return [p for p in driver.children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+def processes_of(driver: psutil.Process) -> list[psutil.Process]:
+    """All processes that a run's driver has started: Ray's own take a tenth of a core even where workers rest."""
+    return driver.children(recursive=True)
+
+
+def num_workers(processes: Sequence[psutil.Process]) -> int:
+    """How many of them are Ray Train's workers."""
+    return sum(map(_is_worker, processes))
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    return "RayTrainWorker" in " ".join(process.cmdline())
 
 
 def follow(experiment: Experiment) -> ProgressReader:
@@ -44,6 +66,5 @@ def await_steps(reader: ProgressReader, num: int) -> None:
 
 
 def seconds_of_steps(reader: ProgressReader) -> list[float]:
-    """Of the steps since the last call, once all of them have arrived."""
-    time.sleep(1.0)
+    """Of the steps since the last call."""
     return [event["seconds"] for event in reader.new_events() if event["kind"] == "step"]

@@ -133,7 +133,7 @@ class Engine:
             # find_unused_parameters: a step in which no box reads some level leaves weights without gradient;
             # it also keeps the buckets as first laid out, so that a resumed process adds up in the same order.
             self._objective = DistributedDataParallel(
-                self._objective, find_unused_parameters=True, broadcast_buffers=False
+                self._objective, find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
             )
 
     @property
@@ -174,11 +174,15 @@ class Engine:
             sums.append(told)
             sound.append(fine)
         total, told, fine = self._objective(last)
-        # Before the last backward pass, which is where gradients are shared: no rank enters that collective unless
-        # all do, and while the network's gradients travel there is nothing else to wait for.
-        means = self._reduce([*sums, told], signal)
-        self._check_finite(means, batch, torch.cat([*sound, fine]))
+        # On their way during the backward pass, ahead of the gradients: no rank waits for the slowest one's forward
+        # pass, nor the host for a GPU's. What is not finite is told before the weights are touched.
+        packed, travelling = self._add_up([*sums, told], signal)
         self._scaler.scale(total).backward()
+        if travelling is not None:
+            travelling.wait()
+        self.signal = float(packed[-1])
+        means = dict(zip(told, packed[:-1] / self.config.global_batch, strict=True))
+        self._check_finite(means, batch, torch.cat([*sound, fine]))
         self._scaler.unscale_(self.optimizer)
         parameters = [p for p in self.detector.parameters() if p.grad is not None]
         limit = self.config.clip_norm if self.config.clip_norm is not None else float("inf")
@@ -216,14 +220,11 @@ class Engine:
             return self._objective.no_sync()
         return nullcontext()
 
-    def _reduce(self, parts: Sequence[Mapping[str, Tensor]], signal: float) -> dict[str, Tensor]:
-        """Means over the global batch of what each of the rank's parts has summed up; sets `self.signal`."""
+    def _add_up(self, parts: Sequence[Mapping[str, Tensor]], signal: float) -> tuple[Tensor, dist.Work | None]:
+        """Sums over the rank's parts and, once that work is done, over all ranks; the last one is of the signal."""
         sums = torch.stack([torch.stack([value.float() for value in part.values()]) for part in parts]).sum(0)
-        packed = torch.cat([sums, sums.new_tensor([signal])])
-        if self.world > 1:
-            dist.all_reduce(packed)
-        self.signal = float(packed[-1])
-        return dict(zip(parts[0], packed[:-1] / self.config.global_batch, strict=True))
+        packed = torch.cat([sums, torch.full_like(sums[:1], signal)])
+        return packed, dist.all_reduce(packed, async_op=True) if self.world > 1 else None
 
     @torch.no_grad()
     def _average(self) -> None:
