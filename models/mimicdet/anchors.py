@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -19,9 +20,10 @@ class Grid:
 
     Attributes:
         levels: the L of each of the pyramid's levels, lowest first.
-        shapes: (H, W) of each level.
         starts: index of each level's first position.
         level: (P,) int64, index into `levels`.
+        start: (P,) int64, index of the first position of the same level.
+        shape: (P, 2) int64, height and width of the position's level in cells.
         cell: (P, 2) float, x and y of the position in cells of its level.
         stride: (P,) float, pixels per cell.
         anchors: (P, 4) xyxy pixels.
@@ -29,9 +31,10 @@ class Grid:
     """
 
     levels: tuple[int, ...]
-    shapes: tuple[tuple[int, int], ...]
     starts: tuple[int, ...]
     level: Tensor
+    start: Tensor
+    shape: Tensor
     cell: Tensor
     stride: Tensor
     anchors: Tensor
@@ -54,27 +57,30 @@ class Grid:
 def make_grid(levels: Sequence[int], features: Sequence[Tensor], scale: float) -> Grid:
     """Lay the grid of anchors with side `scale` × stride over feature maps (N, C, H, W), one per level."""
     device = features[0].device
-    cells, level_of, shapes, starts = [], [], [], [0]
-    for index, feature in enumerate(features):
-        height, width = feature.shape[-2:]  # as they are: an export keeps them symbols
+    shapes = [feature.shape[-2:] for feature in features]  # as they are: an export keeps them symbols
+    cells = []
+    for height, width in shapes:
         y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
-        cells.append(torch.stack([x, y], -1).reshape(-1, 2).float())
-        level_of.append(torch.full((height * width,), index, dtype=torch.int64, device=device))
-        shapes.append((height, width))
-        starts.append(starts[-1] + height * width)
-    cell, level = torch.cat(cells), torch.cat(level_of)
-    stride = torch.tensor([2.0**lvl for lvl in levels], device=device)[level]
-    column, row = cell.long().unbind(1)
+        cells.append(torch.stack([x, y], -1).reshape(-1, 2))
+    starts = list(accumulate((height * width for height, width in shapes), initial=0))
+
+    def fill(of_level: Iterable[float]) -> Tensor:
+        # Filled in where it is needed: a GPU would wait for each number that comes from the host.
+        return torch.cat([torch.full((len(each),), fact, device=device) for each, fact in zip(cells, of_level)])
+
+    (column, row), cell = torch.cat(cells).unbind(1), torch.cat(cells).float()
+    stride = fill(2.0**level for level in levels)
     center, half = (cell + 0.5) * stride[:, None], (scale * stride / 2)[:, None]
     return Grid(
         levels=tuple(levels),
-        shapes=tuple(shapes),
         starts=tuple(starts[:-1]),
-        level=level,
+        level=fill(range(len(levels))),
+        start=fill(starts),
+        shape=torch.stack([fill(height for height, _ in shapes), fill(width for _, width in shapes)], 1),
         cell=cell,
         stride=stride,
         anchors=torch.cat([center - half, center + half], 1),
-        name=(torch.tensor(levels, device=device)[level] << 40) | (row << 20) | column,
+        name=(fill(levels) << 40) | (row << 20) | column,
     )
 
 
@@ -85,12 +91,12 @@ def encode(boxes: Tensor, anchors: Tensor, std: Sequence[float] = (1, 1, 1, 1)) 
     box_size = boxes[..., 2:] - boxes[..., :2]
     box_center = (boxes[..., 2:] + boxes[..., :2]) / 2
     deltas = torch.cat([(box_center - center) / size, torch.log(box_size / size)], -1)
-    return deltas / deltas.new_tensor(std)
+    return torch.stack([column / each for column, each in zip(deltas.unbind(-1), std, strict=True)], -1)
 
 
 def decode(deltas: Tensor, anchors: Tensor, std: Sequence[float] = (1, 1, 1, 1)) -> Tensor:
     """Inverse of `encode`; growth is limited to exp(MAX_LOG_SCALE)."""
-    deltas = deltas * deltas.new_tensor(std)
+    deltas = torch.stack([column * each for column, each in zip(deltas.unbind(-1), std, strict=True)], -1)
     size = anchors[..., 2:] - anchors[..., :2]
     center = (anchors[..., 2:] + anchors[..., :2]) / 2 + deltas[..., :2] * size
     half = size * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp() / 2
@@ -102,15 +108,14 @@ def full_precision(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def clip(boxes: Tensor, height: Tensor | float, width: Tensor | float) -> Tensor:
-    """Clip boxes (.., 4) to an image; sides keep at least 1e-3 px so that they can be encoded against.
+def clip(boxes: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """Clip boxes (.., 4) to images of sides (..); their own sides keep at least 1e-3 px, to be encoded against.
 
     Of images of more than 4096 px they keep more, as much as their coordinates can tell apart in fp32.
     """
     boxes = boxes.nan_to_num()  # RoIAlign reads out of bounds at NaN; the losses tell that weights are broken
     x = boxes[..., 0::2]
     y = boxes[..., 1::2]
-    height, width = torch.as_tensor(height, device=boxes.device), torch.as_tensor(width, device=boxes.device)
     thin, flat = ((side * 2.0**-22).clamp(min=1e-3) for side in (width, height))
     x1 = x[..., 0].clamp(min=0).minimum((width - thin).to(boxes.dtype))
     y1 = y[..., 0].clamp(min=0).minimum((height - flat).to(boxes.dtype))

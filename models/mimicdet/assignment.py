@@ -57,8 +57,10 @@ def assign_anchors(
 
     size = boxes[:, 2:] - boxes[:, :2]
     area = size.prod(1)
-    bounds = config.scale_bounds or [scale * 2.0 ** (level + 1) for level in grid.levels[:-1]]
-    level = torch.bucketize(area.sqrt(), area.new_tensor(bounds), right=True)
+    side = area.sqrt()
+    level = torch.zeros_like(side, dtype=torch.int64)
+    for bound in config.scale_bounds or [scale * 2.0 ** (level + 1) for level in grid.levels[:-1]]:
+        level += side >= bound
 
     distance = (centers[:, None] - (boxes[:, :2] + boxes[:, 2:])[None] / 2).abs()  # (P, M, 2)
     same_level = candidates[:, None] & (grid.level[:, None] == level) & ~iscrowd

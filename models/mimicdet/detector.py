@@ -264,6 +264,7 @@ class MimicDet(Detector):
             lowest: lowest level that is computed: the student's own, or the teacher's.
             unfinished: see `Pyramid.forward`.
         """
+        sides = torch.tensor(sizes, dtype=torch.float32, device=batch.device)
         pyramid = self.pyramid(self.backbone(batch), lowest=lowest, unfinished=unfinished)
         low = [pyramid[level] for level in self.pyramid.low_levels]
         grid = make_grid(self.pyramid.low_levels, low, self.config.anchors.scale)
@@ -277,8 +278,8 @@ class MimicDet(Detector):
             candidates=torch.stack([grid.inside(*size) for size in sizes]),
             objectness=objectness,
             deltas=deltas,
-            refined=torch.stack([clip(d, *map(float, s)) for d, s in zip(decoded, sizes, strict=True)]),
-            sizes=sizes,
+            refined=clip(decoded, *sides.T[..., None]),
+            sizes=sides,
         )
 
     def _student(self, shared: Shared, image: Tensor, position: Tensor) -> HeadOutput:

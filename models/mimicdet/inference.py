@@ -51,13 +51,13 @@ def detections(
     """
     limits = config.inference
     scores = class_scores(output.logits, shared.objectness[image, position], config)
-    boxes = decode(output.deltas, shared.refined[image, position], box_std)
+    boxes = clip(decode(output.deltas, shared.refined[image, position], box_std), *shared.sizes[image].unbind(1))
     # What passes is looked up once for the batch, whose boxes follow each other by image.
     row, label = (scores > limits.score_threshold).nonzero().unbind(1)
     passed = torch.stack([(image[row] == i).sum() for i in range(len(shared.sizes))]).tolist()
     found = []
-    for size, own, labels in zip(shared.sizes, row.split(passed), label.split(passed), strict=True):
-        box, score = clip(boxes[own], *map(float, size)), scores[own, labels]
+    for own, labels in zip(row.split(passed), label.split(passed), strict=True):
+        box, score = boxes[own], scores[own, labels]
         kept = batched_nms(box, score, labels, limits.nms_iou)[: limits.max_detections]
         found.append({"boxes": box[kept], "scores": score[kept], "labels": labels[kept]})
     return found

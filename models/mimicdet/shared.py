@@ -22,7 +22,7 @@ class Shared:
         objectness: (N, P) logits.
         deltas: (N, P, 4) first regression.
         refined: (N, P, 4) xyxy pixels, the anchors after the first regression, clipped to their images.
-        sizes: (H, W) of each image, without padding.
+        sizes: (N, 2) float, height and width of each image without padding.
     """
 
     pyramid: dict[int, Tensor]
@@ -32,4 +32,4 @@ class Shared:
     objectness: Tensor
     deltas: Tensor
     refined: Tensor
-    sizes: list[tuple[int, int]]
+    sizes: Tensor

@@ -195,10 +195,8 @@ class AdaptiveConv(nn.Module):
     def forward(self, features: Features, deltas: Tensor, grid: Grid, image: Tensor, position: Tensor) -> Tensor:
         """Return (n, C) at positions (n,) of images (n,), whose refinement deltas are (n, 4)."""
         points = self.points(deltas, grid, position)
-        level = grid.level[position]
-        shape = torch.tensor(grid.shapes, device=level.device)[level]  # (n, 2) height, width
-        start = torch.tensor(grid.starts, device=level.device)[level] + image * features.num_positions
-        taps = gather_bilinear(features.table, points, shape, start)  # (n, K, C)
+        start = grid.start[position] + image * features.num_positions
+        taps = gather_bilinear(features.table, points, grid.shape[position], start)  # (n, K, C)
         weight = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (K * C_in, C_out)
         return torch.addmm(self.bias, taps.flatten(1).to(weight.dtype), weight)
 
@@ -236,7 +234,7 @@ def gather_bilinear(table: Tensor, points: Tensor, shape: Tensor, start: Tensor)
     low = points.detach().floor()
     rows, weights = [], []
     for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        corner = low + low.new_tensor([dy, dx])
+        corner = torch.stack([low[..., 0] + dy, low[..., 1] + dx], -1)
         # 1 - |distance| written without abs: its gradient is one-sided at integers, as deform_conv2d's is.
         weight = ((points - low) if dy else (1 - (points - low)))[..., 0] * (
             (points - low) if dx else (1 - (points - low))

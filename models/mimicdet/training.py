@@ -56,10 +56,6 @@ class Boxes:
             self.negative[index],
         )
 
-    def sizes(self, num_images: int) -> list[int]:
-        """How many of the boxes belong to each image."""
-        return torch.bincount(self.image, minlength=num_images).tolist()
-
 
 @torch.no_grad()
 def match(image: int, proposals: Tensor, shared: Shared, target: Mapping[str, Tensor], iou_threshold: float) -> Boxes:
@@ -107,8 +103,10 @@ def box_losses(
     starts = list(accumulate((len(target["labels"]) for target in targets), initial=0))
     # A row behind all ground truth keeps the lookup valid: negatives of images without objects match nothing.
     labels = torch.cat([*(target["labels"] for target in targets), boxes.matched.new_zeros(1)])
-    truth = torch.cat([*(target["boxes"] for target in targets), shared.refined.new_tensor([[0, 0, 1, 1]])])
-    row = torch.tensor(starts, device=boxes.image.device)[boxes.image] + boxes.matched
+    truth = torch.cat([*(target["boxes"] for target in targets), shared.grid.anchors[:1]])
+    # Filled in where it is needed: a GPU would wait for each number that comes from the host.
+    first = torch.cat([boxes.matched.new_full((1,), start) for start in starts])
+    row = first[boxes.image] + boxes.matched
     label = torch.where(boxes.positive, labels[row], num_classes)
     refined = shared.refined[boxes.image, boxes.position]
     return head_losses(output, label, encode(truth[row], refined, box_std), num_classes)

@@ -32,13 +32,15 @@ def test_grid_lays_levels_then_rows_then_columns(scale: float) -> None:
     for number, level in enumerate(LEVELS):
         stride = 2**level
         rows, columns = math.ceil(40 / stride), math.ceil(72 / stride)
-        assert grid.shapes[number] == (rows, columns)
-        assert grid.starts[number] == index
+        start = index
+        assert grid.starts[number] == start
         for y in range(rows):
             for x in range(columns):
                 center = ((x + 0.5) * stride, (y + 0.5) * stride)
                 half = scale * stride / 2
                 assert grid.level[index] == number
+                assert grid.start[index] == start
+                assert grid.shape[index].tolist() == [rows, columns]
                 assert grid.cell[index].tolist() == [x, y]
                 assert grid.stride[index] == stride
                 assert tuple(grid.centers[index].tolist()) == center

@@ -87,14 +87,15 @@ def loop_detections(model: MimicDet, head: str, topk: int) -> list[list[tuple[fl
     answer = []
     for i, image in enumerate(images()):
         height, width = image.shape[1:]
+        size = torch.tensor([float(height), float(width)])
         index = torch.full_like(everywhere, i)
-        refined = clip(decode(deltas[i], grid.anchors, model.config.refinement.box_std), float(height), float(width))
+        refined = clip(decode(deltas[i], grid.anchors, model.config.refinement.box_std), *size)
         if head == "student":
             output = model.student(Features.pack(low), deltas, grid, index, everywhere)
         else:
             assert model.teacher is not None
             output = model.teacher({level: pyramid[level] for level in (2, 3, 4)}, refined, index, grid.level + 2)
-        boxes = clip(decode(output.deltas, refined, box_std), float(height), float(width)).tolist()
+        boxes = clip(decode(output.deltas, refined, box_std), *size).tolist()
         inside = [
             p
             for p in everywhere.tolist()
@@ -308,7 +309,7 @@ def test_what_the_class_cannot_be_is_refused() -> None:
 
 def test_boxes_of_long_images_keep_a_width() -> None:
     boxes = torch.tensor([[20010.0, 0, 20020, 10], [19999.9999, 3, 20000, 3]])
-    x1, y1, x2, y2 = clip(boxes, 400.0, 20000.0).unbind(1)
+    x1, y1, x2, y2 = clip(boxes, torch.tensor(400.0), torch.tensor(20000.0)).unbind(1)
     assert (x2 > x1).all()
     assert (y2 > y1).all()
     assert (x2 <= 20000).all()
