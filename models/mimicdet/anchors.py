@@ -62,18 +62,20 @@ def make_grid(levels: Sequence[int], features: Sequence[Tensor], scale: float) -
     for height, width in shapes:
         y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
         cells.append(torch.stack([x, y], -1).reshape(-1, 2))
-    starts = list(accumulate((height * width for height, width in shapes), initial=0))
+    starts = list(accumulate((height * width for height, width in shapes), initial=0))[:-1]
 
     def fill(of_level: Iterable[float]) -> Tensor:
         # Filled in where it is needed: a GPU would wait for each number that comes from the host.
-        return torch.cat([torch.full((len(each),), fact, device=device) for each, fact in zip(cells, of_level)])
+        return torch.cat(
+            [torch.full(each.shape[:1], fact, device=device) for each, fact in zip(cells, of_level, strict=True)]
+        )
 
     (column, row), cell = torch.cat(cells).unbind(1), torch.cat(cells).float()
     stride = fill(2.0**level for level in levels)
     center, half = (cell + 0.5) * stride[:, None], (scale * stride / 2)[:, None]
     return Grid(
         levels=tuple(levels),
-        starts=tuple(starts[:-1]),
+        starts=tuple(starts),
         level=fill(range(len(levels))),
         start=fill(starts),
         shape=torch.stack([fill(height for height, _ in shapes), fill(width for _, width in shapes)], 1),

@@ -99,7 +99,7 @@ coordinates = st.floats(-1e5, 1e5, width=32)
 def test_clipped_boxes_lie_in_the_image_and_have_an_area(
     boxes: list[tuple[float, ...]], height: int, width: int
 ) -> None:
-    x1, y1, x2, y2 = clip(torch.tensor(boxes), float(height), float(width)).unbind(-1)
+    x1, y1, x2, y2 = clip(torch.tensor(boxes), torch.tensor(float(height)), torch.tensor(float(width))).unbind(-1)
     assert (x1 >= 0).all()
     assert (y1 >= 0).all()
     assert (x2 <= width).all()
@@ -110,11 +110,11 @@ def test_clipped_boxes_lie_in_the_image_and_have_an_area(
 
 def test_clip_leaves_boxes_in_the_image_alone() -> None:
     boxes = torch.tensor([[0.0, 0.0, 64.0, 48.0], [3.5, 4.5, 10.0, 47.0]])
-    assert torch.equal(clip(boxes, 48.0, 64.0), boxes)
+    assert torch.equal(clip(boxes, *torch.tensor([48.0, 64.0])), boxes)
     over = torch.tensor([[-5.0, 10.0, 70.0, 60.0]])
-    assert clip(over, 48.0, 64.0).tolist() == [[0.0, 10.0, 64.0, 48.0]]
+    assert clip(over, *torch.tensor([48.0, 64.0])).tolist() == [[0.0, 10.0, 64.0, 48.0]]
 
 
 def test_boxes_of_broken_weights_stay_in_the_image() -> None:
-    broken = clip(torch.full((1, 4), torch.nan), 48.0, 64.0)
+    broken = clip(torch.full((1, 4), torch.nan), *torch.tensor([48.0, 64.0]))
     assert broken.isfinite().all()
