@@ -5,8 +5,8 @@
 
 The first table of each is by operator, from torch.profiler. The second lists what makes the host wait for a GPU's
 results: operators whose outcome Python or an output's shape needs, and numbers that are made on the host and copied
-(`lift_fresh` is torch's name for them). They are counted on any device, by the line of the package that calls them;
-only the moves of images and targets to the device are not among them.
+(`lift_fresh` is torch's name for them). They are counted on any device, by the line of the package that calls them.
+Moves between devices, as of images and targets, are not among them.
 """
 
 from __future__ import annotations

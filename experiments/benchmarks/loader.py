@@ -61,7 +61,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(surroundings("torch", "torchvision"))
+    print(f"{surroundings('torch', 'torchvision')}; {args.threads} threads")
     with tempfile.TemporaryDirectory() as folder:
         for name in args.data.split(","):
             {"bccd": _bccd, "scenes": _scenes, "start": _start}[name](Path(folder), args.repeats)

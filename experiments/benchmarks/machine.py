@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 
 def surroundings(*packages: str, device: str = "cpu") -> str:
-    """One line: the date, versions of Python and of packages, the GPUs or the processor, and memory.
+    """One line: the date, versions of Python and of packages, the processor, memory, and GPUs.
 
     Args:
         packages: installed ones that take part in what is measured.
@@ -22,7 +22,7 @@ def surroundings(*packages: str, device: str = "cpu") -> str:
 
     host = facts(torch.device(device))
     versions = [f"Python {host['version.python']}", *(f"{name} {version(name)}" for name in packages)]
-    processor = f"{host['host.cpu']}, {os.cpu_count()} cores"
     memory = math.ceil(float(host["host.memory_gb"]))
-    parts = [date.today().isoformat(), ", ".join(versions), host.get("host.gpus", processor), f"{memory} GB of memory"]
+    machine = f"{host['host.cpu']}, {os.cpu_count()} cores, {memory} GB of memory"
+    parts = [date.today().isoformat(), ", ".join(versions), machine, *filter(None, [host.get("host.gpus")])]
     return "; ".join(parts)

@@ -12,7 +12,6 @@ median of the rounds' ratios.
 from __future__ import annotations
 
 import argparse
-import itertools
 import multiprocessing
 import os
 import signal
@@ -28,7 +27,7 @@ import psutil
 import torch
 from machine import surroundings
 from rich.console import Console
-from turns import await_steps, awake, follow, processes_of, seconds_of_steps, stop
+from turns import Side, await_steps, follow, seconds_of_steps
 
 from mimiclab.build import build_detector
 from mimiclab.data.dataset import training_batches
@@ -72,26 +71,28 @@ def _measure(experiment: Experiment, rounds: int, seconds: float) -> None:
     measured: dict[str, list[list[float]]] = {"in Ray Train": [], "the engine alone": []}
 
     def take_turns() -> None:
-        reader = follow(experiment)
-        await_steps(reader, WARM_UP)
-        for _ in range(WARM_UP):
-            here.recv()
-        sides = {
-            "in Ray Train": [process for process in processes_of(psutil.Process()) if process.pid != bare.pid],
-            "the engine alone": [psutil.Process(bare.pid)],
-        }
-        stop(list(itertools.chain(*sides.values())))
-        seconds_of_steps(reader)
-        list(_received(here))
-        for number in range(rounds):
-            for name in list(sides)[:: 1 if number % 2 else -1]:
-                with awake(sides[name]):
-                    time.sleep(seconds)
-                found = seconds_of_steps(reader) if name == "in Ray Train" else list(_received(here))
-                measured[name].append(found[1:])  # the first one was under way at the stop
-        for process in itertools.chain(*sides.values()):
-            process.resume()
-        os.kill(os.getpid(), signal.SIGTERM)  # as a job is ended: what a shell has put behind it ignores SIGINT
+        sides = {}
+        try:
+            reader = follow(experiment)
+            await_steps(reader, WARM_UP)
+            for _ in range(WARM_UP):
+                here.recv()
+            sides["in Ray Train"] = Side.of(psutil.Process(), but=[bare.pid])
+            sides["the engine alone"] = Side([psutil.Process(bare.pid)])
+            for side in sides.values():
+                side.stop()
+            seconds_of_steps(reader)
+            list(_received(here))
+            for number in range(rounds):
+                for name in list(sides)[:: 1 if number % 2 else -1]:
+                    with sides[name].awake():
+                        time.sleep(seconds)
+                    found = seconds_of_steps(reader) if name == "in Ray Train" else list(_received(here))
+                    measured[name].append(found[1:])  # the first one was under way at the stop
+        finally:
+            for side in sides.values():
+                side.resume()
+            os.kill(os.getpid(), signal.SIGTERM)  # as a job is ended: what a shell has put behind it ignores SIGINT
 
     thread = threading.Thread(target=take_turns, daemon=True)
     thread.start()

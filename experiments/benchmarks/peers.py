@@ -28,8 +28,14 @@ OURS, ALONE = "MimicDet", "MimicDet, student alone"
 PEERS = ("RetinaNet", "FCOS", "Faster R-CNN")
 # What may stand behind a detector's name, in this order: the forms in which it is measured.
 LAST, COMPILED = ", channels last", ", compiled"
-# What is compiled of each detector, where it is there: the parts without choices that depend on the data.
-DENSE_PARTS = ("backbone", "pyramid", "refinement", "head", "rpn.head", "roi_heads.box_head")
+# What is compiled of each detector: the parts without choices that depend on the data.
+DENSE_PARTS = {
+    OURS: ("backbone", "pyramid", "refinement"),
+    ALONE: ("backbone", "pyramid", "refinement"),
+    "RetinaNet": ("backbone", "head"),
+    "FCOS": ("backbone", "head"),
+    "Faster R-CNN": ("backbone", "rpn.head", "roi_heads.box_head"),
+}
 NUM_CLASSES = 80
 NUM_OBJECTS = 8  # COCO has 7.3 in an image
 # No random weights give a score above this: no side has candidates for the last NMS.
@@ -78,7 +84,8 @@ class Setting:
 
     def __str__(self) -> str:
         precision = next(name for name, dtype in PRECISIONS.items() if dtype == self.dtype)
-        return f"ResNet-50, {self.height} x {self.width}, batch {self.batch}, {precision}, {self.device.type}"
+        device = "cuda" if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+        return f"ResNet-50, {self.height} x {self.width}, batch {self.batch}, {precision}, {device}"
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -132,16 +139,9 @@ def detector(form: str, setting: Setting) -> nn.Module:
     if LAST in form:
         net = net.to(memory_format=torch.channels_last)
     if form.endswith(COMPILED):
-        _compile(net)
-    return net.to(setting.device)
-
-
-def _compile(net: nn.Module) -> None:
-    for part in DENSE_PARTS:
-        try:
+        for part in DENSE_PARTS[name]:
             net.get_submodule(part).compile()
-        except AttributeError:  # another detector's
-            continue
+    return net.to(setting.device)
 
 
 def _ours(teacher: bool) -> nn.Module:

@@ -4,9 +4,9 @@
     python experiments/benchmarks/roofline.py --device cuda --precision bf16 --batch 16 --rounds 30
 
 Multiplications of matrices and convolutions are counted by torch (`FlopCounterMode`, two operations for each
-multiplication and addition) and divided by wall-clock time, in turns with one large matrix product, the 3 x 3
-convolution that most of the pyramid's work is, and a copy of memory. Work that is not counted, as norms, sampling and
-NMS, makes the share smaller.
+multiplication and addition) and divided by wall-clock time, in turns with one large matrix product, a wide 3 x 3
+convolution as the pyramid and the peers' heads have them, and a copy of memory. Work that is not counted, as norms,
+sampling and NMS, makes the share smaller.
 """
 
 from __future__ import annotations

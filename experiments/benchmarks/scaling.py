@@ -3,9 +3,9 @@
     python experiments/benchmarks/scaling.py [--experiment experiments/bccd-mobilenet.yaml] [--images 2] [--rounds 10]
 
 Both runs are trained as `mimiclab train` does it, side by side, each worker with one thread and as many images a step
-as the file's `optim.global_batch`: twice the workers, twice the images. All of one run, Ray included, is stopped by
-SIGSTOP while the other has its turn; steps that were under way at a stop do not count. Printed are the medians of both
-and the median of the rounds' efficiencies: seconds of a step of one worker by those of two.
+as the file's `optim.global_batch`: twice the workers, twice the images. One run, but for its driver, is stopped by
+SIGSTOP while the other has its turn, Ray included; steps that were under way at a stop do not count. Printed are the
+medians of both and the median of the rounds' efficiencies: seconds of a step of one worker by those of two.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 from machine import surroundings
 from rich.console import Console
-from turns import await_steps, awake, follow, num_workers, processes_of, seconds_of_steps, stop
+from turns import Side, await_steps, follow, seconds_of_steps
 
 from mimiclab.experiment import load_experiment
 from mimiclab.schema import Experiment
@@ -37,7 +37,7 @@ def main() -> None:
     """Run the benchmark and print what was measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--experiment", type=Path, default=Path(__file__).parent.parent / "bccd-mobilenet.yaml")
-    parser.add_argument("--images", type=int, help="a step and worker; as many as the file has of all workers")
+    parser.add_argument("--images", type=int, help="a step of each worker; the file's global_batch where not given")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=8.0, help="of one turn of one run")
     args = parser.parse_args()
@@ -75,18 +75,18 @@ def _measure(runs: dict[int, Experiment], rounds: int, seconds: float) -> dict[i
             drivers[workers] = driver
             readers[workers] = follow(experiment)
             await_steps(readers[workers], WARM_UP)
-            sides[workers] = processes_of(psutil.Process(driver.pid))
-            assert num_workers(sides[workers]) == workers
-            stop(sides[workers])
+            sides[workers] = Side.of(psutil.Process(driver.pid))
+            assert len(sides[workers].measured) == workers
+            sides[workers].stop()
         for number in range(rounds):
             for workers in WORKERS[:: 1 if number % 2 else -1]:
                 seconds_of_steps(readers[workers])
-                with awake(sides[workers]):
+                with sides[workers].awake():
                     time.sleep(seconds)
                 measured[workers].append(seconds_of_steps(readers[workers])[1:])  # the first was under way at the stop
     finally:
-        for process in itertools.chain(*sides.values()):
-            process.resume()
+        for side in sides.values():
+            side.resume()
         for driver in drivers.values():
             os.kill(driver.pid, signal.SIGTERM)  # as a job is ended: what a shell has put behind it ignores SIGINT
         for driver in drivers.values():

@@ -129,7 +129,7 @@ def _steps(experiment: Experiment) -> Callable[[Tracker], float]:
 
 def _print(measured: dict[str, list[list[float]]], experiment: Experiment) -> None:
     print(
-        f"{experiment.model.backbone.name}, {experiment.optim.global_batch} images a step; "
+        f"{experiment.model.backbone.name}, {experiment.optim.global_batch} images a step, 1 thread; "
         f"{surroundings('mlflow', 'torch')}\n\n"
         "| tracking | median s a step | min | max | ratio to memory | of the rounds |\n|---|---|---|---|---|---|"
     )

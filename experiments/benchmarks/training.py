@@ -7,11 +7,11 @@ A step is forward, losses, backward and SGD with momentum, fused. The learning r
 weights stay as they were drawn, so that every step has as many candidates as the first one. Both detectors with
 proposals have 2000 of them, Faster R-CNN samples 512 and MimicDet 128 for the teacher and 128 for the student, as
 published. Sides take turns in one process; peers are run in both memory formats, with --compile both sides also with
-backbone and heads compiled; the fastest form counts, of either side. The student alone, MimicDet without its teacher,
-is the control of what the teacher and mimicking add.
+their dense parts compiled; the fastest form counts, of either side. The student alone, MimicDet without its teacher, is
+the control of what the teacher and mimicking add.
 
-Peak memory is that of a process of its own for each side: resident memory on a CPU, over what it was before the
-detector was built; on a GPU what torch had allocated, the detector included.
+Peak memory, uncompiled, is that of a process of its own for each side: resident memory on a CPU, over what it was
+before the detector was built; on a GPU what torch had allocated, the detector included.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from machine import surroundings
 from peers import (
     ALONE,
+    COMPILED,
     OURS,
     Setting,
     arguments,
@@ -54,7 +55,7 @@ def main() -> None:
     (setting,) = settings(args, [args.batch])
     names = [form for name in (OURS, ALONE, *COMPARED) for form in forms(name, args.compile)]
     # Before this process's own detectors: there may be no room for more.
-    memory = "" if args.no_memory else _memory_table(setting, names)
+    memory = "" if args.no_memory else _memory_table(setting, [form for form in names if not form.endswith(COMPILED)])
     times = take_turns({name: training_step(name, setting) for name in names}, args.rounds, setting.device)
     ours = best(times, OURS)
     ratios = [both / alone for both, alone in zip(times[ours], times[best(times, ALONE)], strict=True)]

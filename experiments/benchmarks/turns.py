@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import psutil
 
@@ -16,38 +17,57 @@ from mimiclab.schema import Experiment
 ARRIVAL_S = 1.0
 
 
-@contextmanager
-def awake(processes: Sequence[psutil.Process]) -> Iterator[None]:
-    """Let stopped processes go on for the time of a turn; then workers stop first, and what they told arrives."""
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison.
+
+    Attributes:
+        measured: the processes that train.
+        carriers: what only takes on what those tell, as Ray's own processes, which use a tenth of a core even where
+            workers rest. The driver is not among them.
+    """
+
+    measured: Sequence[psutil.Process]
+    carriers: Sequence[psutil.Process] = ()
+
+    @classmethod
+    def of(cls, driver: psutil.Process, *, but: Sequence[int] = ()) -> Side:
+        """What a run's driver has started until now, without the process ids `but`."""
+        started = [process for process in driver.children(recursive=True) if process.pid not in but]
+        workers = [process for process in started if _is_worker(process)]
+        return cls(workers, [process for process in started if process not in workers])
+
+    def stop(self) -> None:
+        """Suspend what trains, and what carries its news once they have arrived."""
+        _each(psutil.Process.suspend, self.measured)
+        time.sleep(ARRIVAL_S)
+        _each(psutil.Process.suspend, self.carriers)
+
+    def resume(self) -> None:
+        """Let all of it go on."""
+        _each(psutil.Process.resume, [*self.carriers, *self.measured])
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Let all of it go on for the time of a turn."""
+        self.resume()
+        try:
+            yield
+        finally:
+            self.stop()
+
+
+def _each(act: Callable[[psutil.Process], None], processes: Sequence[psutil.Process]) -> None:
     for process in processes:
-        process.resume()
-    yield
-    stop(processes)
-
-
-def stop(processes: Sequence[psutil.Process]) -> None:
-    """Suspend processes, those that only carry what workers tell a little later."""
-    carriers = [process for process in processes if not _is_worker(process)]
-    for process in processes:
-        if process not in carriers:
-            process.suspend()
-    time.sleep(ARRIVAL_S)
-    for process in carriers:
-        process.suspend()
-
-
-def processes_of(driver: psutil.Process) -> list[psutil.Process]:
-    """All processes that a run's driver has started: Ray's own take a tenth of a core even where workers rest."""
-    return driver.children(recursive=True)
-
-
-def num_workers(processes: Sequence[psutil.Process]) -> int:
-    """How many of them are Ray Train's workers."""
-    return sum(map(_is_worker, processes))
+        with suppress(psutil.NoSuchProcess):  # Ray ends some of its own
+            act(process)
 
 
 def _is_worker(process: psutil.Process) -> bool:
-    return "RayTrainWorker" in " ".join(process.cmdline())
+    try:
+        return "RayTrainWorker" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def follow(experiment: Experiment) -> ProgressReader:

@@ -22,8 +22,8 @@ class Grid:
         levels: the L of each of the pyramid's levels, lowest first.
         starts: index of each level's first position.
         level: (P,) int64, index into `levels`.
-        start: (P,) int64, index of the first position of the same level.
-        shape: (P, 2) int64, height and width of the position's level in cells.
+        level_start: (P,) int64, index of the first position of the same level.
+        level_shape: (P, 2) int64, height and width of the position's level in cells.
         cell: (P, 2) float, x and y of the position in cells of its level.
         stride: (P,) float, pixels per cell.
         anchors: (P, 4) xyxy pixels.
@@ -33,8 +33,8 @@ class Grid:
     levels: tuple[int, ...]
     starts: tuple[int, ...]
     level: Tensor
-    start: Tensor
-    shape: Tensor
+    level_start: Tensor
+    level_shape: Tensor
     cell: Tensor
     stride: Tensor
     anchors: Tensor
@@ -67,18 +67,19 @@ def make_grid(levels: Sequence[int], features: Sequence[Tensor], scale: float) -
     def fill(of_level: Iterable[float]) -> Tensor:
         # Filled in where it is needed: a GPU would wait for each number that comes from the host.
         return torch.cat(
-            [torch.full(each.shape[:1], fact, device=device) for each, fact in zip(cells, of_level, strict=True)]
+            [torch.full(each.shape[:1], value, device=device) for each, value in zip(cells, of_level, strict=True)]
         )
 
-    (column, row), cell = torch.cat(cells).unbind(1), torch.cat(cells).float()
+    positions = torch.cat(cells)
+    (column, row), cell = positions.unbind(1), positions.float()
     stride = fill(2.0**level for level in levels)
     center, half = (cell + 0.5) * stride[:, None], (scale * stride / 2)[:, None]
     return Grid(
         levels=tuple(levels),
         starts=tuple(starts),
         level=fill(range(len(levels))),
-        start=fill(starts),
-        shape=torch.stack([fill(height for height, _ in shapes), fill(width for _, width in shapes)], 1),
+        level_start=fill(starts),
+        level_shape=torch.stack([fill(height for height, _ in shapes), fill(width for _, width in shapes)], 1),
         cell=cell,
         stride=stride,
         anchors=torch.cat([center - half, center + half], 1),

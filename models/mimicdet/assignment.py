@@ -59,7 +59,7 @@ def assign_anchors(
     area = size.prod(1)
     side = area.sqrt()
     level = torch.zeros_like(side, dtype=torch.int64)
-    for bound in config.scale_bounds or [scale * 2.0 ** (level + 1) for level in grid.levels[:-1]]:
+    for bound in config.scale_bounds or [scale * 2.0 ** (each + 1) for each in grid.levels[:-1]]:
         level += side >= bound
 
     distance = (centers[:, None] - (boxes[:, :2] + boxes[:, 2:])[None] / 2).abs()  # (P, M, 2)

@@ -264,7 +264,9 @@ class MimicDet(Detector):
             lowest: lowest level that is computed: the student's own, or the teacher's.
             unfinished: see `Pyramid.forward`.
         """
+        # The only numbers that a GPU copies from the host, before there is work that this would have to wait for.
         sides = torch.tensor(sizes, dtype=torch.float32, device=batch.device)
+        height, width = sides.unbind(1)
         pyramid = self.pyramid(self.backbone(batch), lowest=lowest, unfinished=unfinished)
         low = [pyramid[level] for level in self.pyramid.low_levels]
         grid = make_grid(self.pyramid.low_levels, low, self.config.anchors.scale)
@@ -278,7 +280,7 @@ class MimicDet(Detector):
             candidates=torch.stack([grid.inside(*size) for size in sizes]),
             objectness=objectness,
             deltas=deltas,
-            refined=clip(decoded, *sides.T[..., None]),
+            refined=clip(decoded, height[:, None], width[:, None]),
             sizes=sides,
         )
 

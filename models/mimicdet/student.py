@@ -195,8 +195,8 @@ class AdaptiveConv(nn.Module):
     def forward(self, features: Features, deltas: Tensor, grid: Grid, image: Tensor, position: Tensor) -> Tensor:
         """Return (n, C) at positions (n,) of images (n,), whose refinement deltas are (n, 4)."""
         points = self.points(deltas, grid, position)
-        start = grid.start[position] + image * features.num_positions
-        taps = gather_bilinear(features.table, points, grid.shape[position], start)  # (n, K, C)
+        start = grid.level_start[position] + image * features.num_positions
+        taps = gather_bilinear(features.table, points, grid.level_shape[position], start)  # (n, K, C)
         weight = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (K * C_in, C_out)
         return torch.addmm(self.bias, taps.flatten(1).to(weight.dtype), weight)
 

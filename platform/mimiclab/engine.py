@@ -174,8 +174,8 @@ class Engine:
             sums.append(told)
             sound.append(fine)
         total, told, fine = self._objective(last)
-        # On their way during the backward pass, ahead of the gradients: no rank waits for the slowest one's forward
-        # pass, nor the host for a GPU's. What is not finite is told before the weights are touched.
+        # Queued before the backward pass, so that on every rank the sums precede the gradients; waited for after it, so
+        # that no rank waits for the slowest one's forward pass, nor the host for a GPU's.
         packed, travelling = self._add_up([*sums, told], signal)
         self._scaler.scale(total).backward()
         if travelling is not None:

@@ -174,7 +174,9 @@ def watch() -> dict[str, list[Any]]:
     spy(
         mimicdet.detector,
         "mine_boxes",
-        lambda args, mined: seen["student"].extend(mined.position.split(mined.sizes(len(args[0])))),
+        lambda args, mined: seen["student"].extend(
+            mined.position.split(torch.bincount(mined.image, minlength=len(args[0])).tolist())
+        ),
     )
     return seen
 

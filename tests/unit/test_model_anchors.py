@@ -39,8 +39,8 @@ def test_grid_lays_levels_then_rows_then_columns(scale: float) -> None:
                 center = ((x + 0.5) * stride, (y + 0.5) * stride)
                 half = scale * stride / 2
                 assert grid.level[index] == number
-                assert grid.start[index] == start
-                assert grid.shape[index].tolist() == [rows, columns]
+                assert grid.level_start[index] == start
+                assert grid.level_shape[index].tolist() == [rows, columns]
                 assert grid.cell[index].tolist() == [x, y]
                 assert grid.stride[index] == stride
                 assert tuple(grid.centers[index].tolist()) == center

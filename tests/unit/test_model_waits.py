@@ -14,7 +14,18 @@ from mimicdet import MimicDet, ModelConfig
 from mimicdet.config import BackboneConfig, InferenceConfig, StudentConfig, TeacherConfig
 
 # Numbers from the host, results that Python reads, outputs as long as the data says. lift_fresh: a tensor of a list.
-WAITS = {"lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "nms", "bincount", "equal", "unique_dim"}
+WAITS = {
+    "_local_scalar_dense",
+    "_unique2",
+    "bincount",
+    "equal",
+    "is_nonzero",
+    "lift_fresh",
+    "masked_select",
+    "nms",
+    "nonzero",
+    "unique_dim",
+}
 
 
 class Operators(TorchDispatchMode):
