@@ -2,61 +2,24 @@
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import count_waits
 
 from mimicdet import MimicDet, ModelConfig
 from mimicdet.config import BackboneConfig, InferenceConfig, StudentConfig, TeacherConfig
 
-# Numbers from the host, results that Python reads, outputs as long as the data says. lift_fresh: a tensor of a list.
-WAITS = {
-    "_local_scalar_dense",
-    "_unique2",
-    "bincount",
-    "equal",
-    "is_nonzero",
-    "lift_fresh",
-    "masked_select",
-    "nms",
-    "nonzero",
-    "unique_dim",
-}
-
-
-class Operators(TorchDispatchMode):
-    def __init__(self, counted: Counter[str]) -> None:
-        super().__init__()
-        self.counted = counted
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        masks = args[1] if name.startswith("index") and isinstance(args[1], list | tuple) else ()
-        if name in WAITS or any(mask is not None and mask.dtype == torch.bool for mask in masks):
-            self.counted[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
-class Lists(TorchFunctionMode):
-    def __init__(self, counted: Counter[str]) -> None:
-        super().__init__()
-        self.counted = counted
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.tolist:
-            self.counted["tolist"] += 1
-        return func(*args, **(kwargs or {}))
-
 
 def waits(act: Callable[[], object]) -> Counter[str]:
-    counted: Counter[str] = Counter()
-    with Operators(counted), Lists(counted):
+    """How often each operator is waited for, wherever it is called."""
+    with count_waits() as counted:
         act()
-    return counted
+    found: Counter[str] = Counter()
+    for (name, _), num in counted.items():
+        found[name] += num
+    return found
 
 
 @pytest.fixture(scope="module")
