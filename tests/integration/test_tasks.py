@@ -1,8 +1,11 @@
 """Functions that run as tasks of a cluster."""
 
 import os
+import time
+from pathlib import Path
 
 import pytest
+import ray
 
 from mimiclab.cluster.tasks import as_worker, on_cluster
 from mimiclab.errors import UserError
@@ -12,8 +15,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
 
 
 def own() -> tuple[int, dict[str, float]]:
-    import ray
-
     return os.getpid(), ray.get_runtime_context().get_assigned_resources()
 
 
@@ -25,11 +26,36 @@ def fail() -> None:
     raise ZeroDivisionError("a bug")
 
 
-def test_a_task_has_the_place_of_a_worker() -> None:
+def stay_or_refuse(part: tuple[Path, bool]) -> None:
+    """Go on for longer than a test may, or refuse once another one does."""
+    begun, stay = part
+    if stay:
+        begun.touch()
+    while stay or not begun.exists():
+        time.sleep(0.01)
+    raise UserError("refused")
+
+
+@pytest.fixture
+def cancelled(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What has been cancelled."""
+    references: list[object] = []
+    cancel = ray.cancel
+
+    def record(reference: ray.ObjectRef) -> None:
+        references.append(reference)
+        cancel(reference)
+
+    monkeypatch.setattr(ray, "cancel", record)
+    return references
+
+
+def test_a_task_has_the_place_of_a_worker(cancelled: list[object]) -> None:
     pid, resources = as_worker(own, scale=ScaleConfig(workers=8, threads=2))
 
     assert pid != os.getpid()
     assert resources == {"CPU": 2.0}
+    assert not cancelled
 
 
 def test_a_mistake_is_the_users_wherever_it_is_found() -> None:
@@ -39,6 +65,22 @@ def test_a_mistake_is_the_users_wherever_it_is_found() -> None:
         list(on_cluster()(refuse, ["that"]))
 
 
-def test_a_bug_keeps_its_traceback() -> None:
+def test_a_bug_keeps_its_traceback(cancelled: list[object]) -> None:
     with pytest.raises(ZeroDivisionError, match="in fail"):
         as_worker(fail, scale=ScaleConfig())
+
+    assert not cancelled
+
+
+def test_an_error_ends_the_tasks_that_go_on_and_leaves_those_alone_that_have_ended(
+    cancelled: list[object], tmp_path: Path
+) -> None:
+    """Ray ends this process, in one of a few hundred times, where a task is cancelled as it ends."""
+    begun = tmp_path / "begun"
+
+    with pytest.raises(UserError, match="refused"):
+        list(on_cluster()(stay_or_refuse, [(begun, True), (begun, False)]))
+
+    (stayed,) = cancelled
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        ray.get(stayed, timeout=60)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mimicdet.config import is_published_name
+from mimiclab.cluster.tasks import cancel_unfinished
 from mimiclab.data.manifest import MANIFEST
 from mimiclab.errors import UserError
 from mimiclab.schema import Experiment, ScaleConfig
@@ -101,7 +102,6 @@ def _ask(files: Files, scale: ScaleConfig, say: Callable[[str], object]) -> str 
             wanted = ", ".join(f"{amount:g} {kind}" for kind, amount in resources_per_worker(scale).items())
             say(f"waiting for a node with {wanted} to look whether it sees the run's data and storage")
         found: str | None = ray.get(reference)
-    except BaseException:
-        ray.cancel(reference)
-        raise
-    return found
+        return found
+    finally:
+        cancel_unfinished([reference])

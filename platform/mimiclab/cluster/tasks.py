@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from mimiclab.cluster import capacity
 from mimiclab.data.parallel import Runner, bounded
 from mimiclab.errors import UserError
 from mimiclab.schema import ScaleConfig
 from mimiclab.session import task_options
+
+if TYPE_CHECKING:
+    import ray
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -36,8 +39,7 @@ def on_cluster() -> Runner:
             with _own_errors():
                 yield from bounded(submit, items, at_a_time)
         finally:
-            for reference in references:  # those that an error has left behind; finished ones do not mind
-                ray.cancel(reference)
+            cancel_unfinished(references)
 
     return run
 
@@ -56,6 +58,21 @@ def as_worker(function: Callable[..., Result], *args: object, scale: ScaleConfig
             answer: Result = ray.get(reference)
             return answer
     finally:
+        cancel_unfinished([reference])
+
+
+def cancel_unfinished(references: list[ray.ObjectRef]) -> None:
+    """Cancel the tasks that an error or an interruption has left behind.
+
+    Never one whose result is there: Ray (2.60) may still be at its books, and ends the whole process where a
+    cancellation comes between ("Tried to complete task that was not pending").
+    """
+    import ray
+
+    if not references:
+        return
+    _, left = ray.wait(references, num_returns=len(references), timeout=0)
+    for reference in left:
         ray.cancel(reference)
 
 
