@@ -75,7 +75,7 @@ def test_a_bug_keeps_its_traceback(cancelled: list[object]) -> None:
 def test_an_error_ends_the_tasks_that_go_on_and_leaves_those_alone_that_have_ended(
     cancelled: list[object], tmp_path: Path
 ) -> None:
-    """Ray ends this process, in one of a few hundred times, where a task is cancelled as it ends."""
+    """Ray ends this process, a few times in a hundred, where a task is cancelled as it ends."""
     begun = tmp_path / "begun"
 
     with pytest.raises(UserError, match="refused"):
