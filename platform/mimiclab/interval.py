@@ -51,7 +51,7 @@ class Interval:
         )
 
 
-def best_interval(step_s: float, checkpoint_s: float, mtbf_s: float) -> Interval:
+def best_interval(step_s: float, checkpoint_s: float, mtbf_s: float, *, written_s: float = 0.0) -> Interval:
     """The interval after which a checkpoint is due, so that least time is lost.
 
     Daly's estimate holds for C < 2 M. Above that a checkpoint is less likely to end than not, and the interval is M,
@@ -61,6 +61,8 @@ def best_interval(step_s: float, checkpoint_s: float, mtbf_s: float) -> Interval
         step_s: seconds of a step.
         checkpoint_s: seconds that a checkpoint holds training up; 0 gives a checkpoint every step.
         mtbf_s: mean time between failures of any of the run's machines, seconds.
+        written_s: seconds until a checkpoint is written while training goes on; the next one is due no earlier, or
+            training would wait.
 
     Raises:
         ValueError: a time is not a number of seconds above 0, or below 0 for that of a checkpoint.
@@ -75,7 +77,7 @@ def best_interval(step_s: float, checkpoint_s: float, mtbf_s: float) -> Interval
     if ratio < 1:
         young = math.sqrt(2 * checkpoint_s * mtbf_s)
         seconds = young * (1 + math.sqrt(ratio) / 3 + ratio / 9) - checkpoint_s
-    return Interval(max(1, round(seconds / step_s)), step_s, checkpoint_s, mtbf_s)
+    return Interval(max(1, round(seconds / step_s), math.ceil(written_s / step_s)), step_s, checkpoint_s, mtbf_s)
 
 
 def _percent(share: float) -> str:

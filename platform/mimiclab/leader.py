@@ -173,10 +173,12 @@ class Leader:
     def leave(self, engine: Engine) -> LeavingError:
         """Save what was done, and wait until it is; the others wait for that. Gives why they leave."""
         assert self._leaving is not None
-        if engine.step != self._saved:
+        patience = min(_FLUSH_TIMEOUT_S, _PATIENCE_OF_OTHERS * self._experiment.scale.collective_timeout_s)
+        until = time.monotonic() + patience
+        if engine.step != self._saved and self._saver.wait(patience):
             self.save(engine, notice=self._leaving.why == "preemption")
         with contextlib.suppress(UserError):  # warned of by now; the next attempt goes on from the one before
-            self._saver.flush(min(_FLUSH_TIMEOUT_S, _PATIENCE_OF_OTHERS * self._experiment.scale.collective_timeout_s))
+            self._saver.flush(max(0.0, until - time.monotonic()))
         return self._leaving
 
     def log_step(self, engine: Engine, means: Mapping[str, Tensor], *, seconds: float, waited: float) -> None:
@@ -327,9 +329,11 @@ class Leader:
     def _auto_steps(self) -> int:
         mtbf_minutes = self._experiment.scale.mtbf_minutes
         assert mtbf_minutes is not None  # the schema's promise
-        if self._saver.blocked_s is None or not self._step_s:
+        if self._saver.copied_s is None or not self._step_s:
             return _FIRST_EVERY_STEPS
-        found = best_interval(self._step_s, self._saver.blocked_s, 60 * mtbf_minutes)
+        found = best_interval(
+            self._step_s, self._saver.copied_s, 60 * mtbf_minutes, written_s=self._saver.written_s or 0.0
+        )
         if self._interval is None or not 0.8 < found.steps / self._interval.steps < 1.25:
             self._interval = found
             self._say(f"checkpoints {found}")

@@ -26,8 +26,7 @@ class Saver:
     Not for several threads. A process that ends without `flush` may lose the checkpoint being written.
 
     Attributes:
-        waited_s: Seconds that the last `snapshot` waited for the checkpoint before it.
-        blocked_s: Seconds that the last `snapshot` kept training from going on, the wait included; None before it.
+        copied_s: Seconds that the last `snapshot` copied for, after its wait for the checkpoint before; None before it.
         written_s: Seconds from a `snapshot`, after its wait, until that checkpoint was whole; of the last one that
             was written, None before it.
     """
@@ -61,8 +60,7 @@ class Saver:
         self._failures = 0
         self._error: BaseException | None = None
         self._whole = False
-        self.waited_s = 0.0
-        self.blocked_s: float | None = None
+        self.copied_s: float | None = None
         self.written_s: float | None = None
 
     def snapshot(
@@ -88,24 +86,29 @@ class Saver:
         Raises:
             UserError: The last three checkpoints could not be written; the message names the place.
         """
-        started = time.perf_counter()
         step = int(meta["step"])
         if notice and step == self._step and self._error is None:
             return
         if self._thread is not None:
             self._thread.join()
         self._give_up()
-        copied = time.perf_counter()
+        started = time.perf_counter()
         devices: set[torch.device] = set()
         content = _to_cpu(weights, devices), _to_cpu(state, devices), json.loads(json.dumps(meta))
         for device in devices:
             torch.cuda.synchronize(device)
         self._step, self._error, self._whole = step, None, False
         self._thread = threading.Thread(
-            target=self._write, args=(copied, content, tuple(steps), notice), name="checkpoint", daemon=True
+            target=self._write, args=(started, content, tuple(steps), notice), name="checkpoint", daemon=True
         )
         self._thread.start()
-        self.waited_s, self.blocked_s = copied - started, time.perf_counter() - started
+        self.copied_s = time.perf_counter() - started
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until a `snapshot` would not have to; False where that takes longer."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        return self._thread is None or not self._thread.is_alive()
 
     def flush(self, timeout_s: float) -> None:
         """Wait until the last checkpoint is written.

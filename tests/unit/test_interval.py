@@ -62,6 +62,12 @@ def test_at_least_one_step_lies_between_checkpoints() -> None:
     assert best_interval(600.0, 0.1, 1800.0).steps == 1
 
 
+def test_it_is_no_shorter_than_it_takes_to_write_a_checkpoint() -> None:
+    assert best_interval(0.5, 0.05, 3600.0).steps == 38
+    assert best_interval(0.5, 0.05, 3600.0, written_s=18.9).steps == 38
+    assert best_interval(0.5, 0.05, 3600.0, written_s=30.2).steps == 61
+
+
 def test_it_says_what_it_costs() -> None:
     assert str(best_interval(0.5, 1.0, 1800.0)) == (
         "every 119 steps: checkpoints cost 1.7 %, expected loss 3.3 % at one preemption per 30 min"

@@ -16,6 +16,9 @@ from mimiclab.session import task_options
 if TYPE_CHECKING:
     import ray
 
+# How long tasks may still end by themselves, seconds.
+_GRACE_S = 1.0
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -64,14 +67,14 @@ def as_worker(function: Callable[..., Result], *args: object, scale: ScaleConfig
 def cancel_unfinished(references: list[ray.ObjectRef]) -> None:
     """Cancel the tasks that an error or an interruption has left behind.
 
-    Never one whose result is there: Ray (2.60) may still be at its books, and ends the whole process where a
-    cancellation comes between ("Tried to complete task that was not pending").
+    Not those that have ended, or are about to: Ray (2.60) ends the whole process where a cancellation comes while it
+    enters a result in its books ("Tried to complete task that was not pending"), and nothing tells when it does.
     """
     import ray
 
     if not references:
         return
-    _, left = ray.wait(references, num_returns=len(references), timeout=0)
+    _, left = ray.wait(references, num_returns=len(references), timeout=_GRACE_S, fetch_local=False)
     for reference in left:
         ray.cancel(reference)
 
