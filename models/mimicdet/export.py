@@ -2,7 +2,8 @@
 
 Either takes batches of any number of images of any size. The ONNX file consists of standard operators alone. A
 `.pt2` reads back by `torch.export.load` and needs `import torchvision`, whose NMS it calls; torch assumes of it that
-no side is shorter than MIN_EXPORTED_SIDE, and that it stays on the device that it was exported on.
+there is an image, that no side is shorter than `min_exported_side`, and that it stays on the device that it was
+exported on.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 
 from mimicdet.anchors import clip, decode, make_grid
+from mimicdet.config import PyramidConfig
 from mimicdet.detector import MimicDet
 from mimicdet.inference import class_scores
 from mimicdet.inputs import PAD_MULTIPLE
@@ -27,10 +29,6 @@ from mimicdet.student import Features
 INPUT, OUTPUTS = "images", ("boxes", "scores", "labels")
 # The metadata inside of a .pt2: one JSON object.
 METADATA_FILE = "metadata.json"
-# torch tells maps of one cell from larger ones while it traces, and C5 has one for up to PAD_MULTIPLE pixels.
-MIN_EXPORTED_SIDE = PAD_MULTIPLE + 1
-# To trace with: more than one image, since one would become a constant, and maps of more than one cell.
-_EXAMPLE = (2, 3, 3 * PAD_MULTIPLE, 5 * PAD_MULTIPLE)
 
 
 class Deployed(nn.Module):
@@ -156,9 +154,10 @@ def export_onnx(model: Detector, file: Path, metadata: Mapping[str, str]) -> Non
         ValueError: see `Deployed`.
         ImportError: the packages onnx and onnxscript are missing.
     """
+    deployed = Deployed(model)
     program = torch.onnx.export(
-        Deployed(model),
-        (_example(model),),
+        deployed,
+        (_example(deployed),),
         input_names=[INPUT],
         output_names=OUTPUTS,
         dynamic_shapes={INPUT: {0: "batch", 2: "height", 3: "width"}},
@@ -185,14 +184,29 @@ def export_torch(model: Detector, file: Path, metadata: Mapping[str, str]) -> No
     """
     dynamic = torch.export.Dim.DYNAMIC
     shapes = {INPUT: {0: dynamic, 2: dynamic, 3: dynamic}}
-    program = torch.export.export(Deployed(model), (_example(model),), dynamic_shapes=shapes)
+    deployed = Deployed(model)
+    program = torch.export.export(deployed, (_example(deployed),), dynamic_shapes=shapes)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # with the paths of this machine
     torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(metadata)})
 
 
-def _example(model: Detector) -> Tensor:
-    return torch.zeros(_EXAMPLE, dtype=torch.uint8, device=next(model.parameters()).device)
+def min_exported_side(pyramid: PyramidConfig) -> int:
+    """Pixels of the shortest side that a .pt2 takes.
+
+    torch tells maps of one cell from larger ones while it traces, and the highest level has one for fewer pixels.
+    """
+    return _stride(pyramid) + 1
+
+
+def _stride(pyramid: PyramidConfig) -> int:
+    return max(PAD_MULTIPLE, 1 << pyramid.max_level)
+
+
+def _example(model: Deployed) -> Tensor:
+    """To trace with: more than one image, since one would become a constant, and maps of more than one cell."""
+    stride = _stride(model.config.pyramid)
+    return torch.zeros((2, 3, 3 * stride, 5 * stride), dtype=torch.uint8, device=model.mean.device)
 
 
 def _missing(side: int) -> int:

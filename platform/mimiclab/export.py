@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mimicdet.export import INPUT, METADATA_FILE, MIN_EXPORTED_SIDE, OUTPUTS, export_onnx, export_torch
+from mimicdet.export import INPUT, METADATA_FILE, OUTPUTS, export_onnx, export_torch, min_exported_side
 from mimicdet.inputs import IMAGE_MEAN, IMAGE_STD
 from mimicdet.interface import Detections, Detector
 from mimiclab.errors import UserError
@@ -81,8 +81,9 @@ def export(run: Run, format: Format, output: Path | None, say: Callable[[str], o
         aside.unlink(missing_ok=True)
     limit = experiment.model.inference.max_detections
     say(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
-    sides = "of any size" if format == "onnx" else f"of {MIN_EXPORTED_SIDE} pixels a side or more"
-    say(f"input:   {INPUT} (N, 3, H, W) uint8, RGB; any number of images, {sides}")
+    shortest = min_exported_side(experiment.model.pyramid)
+    images = "any number of images, of any size" if format == "onnx" else f"images of {shortest} pixels a side or more"
+    say(f"input:   {INPUT} (N, 3, H, W) uint8, RGB; {images}")
     say(f"outputs: boxes (N, {limit}, 4) xyxy pixels, scores (N, {limit}), labels (N, {limit}), best first;")
     say("         label -1 where there is nothing")
     say(f"check:   {checked}")
@@ -161,7 +162,8 @@ def _metadata(run: Run, experiment: Experiment) -> dict[str, str]:
 def _random_image(experiment: Experiment) -> Tensor:
     """Noise, as large as the experiment's images."""
     resize = experiment.data.resize
-    size = [max(side, MIN_EXPORTED_SIDE) for side in (resize.short, resize.long)]
+    shortest = min_exported_side(experiment.model.pyramid)
+    size = [max(side, shortest) for side in (resize.short, resize.long)]
     return torch.randint(256, (3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 

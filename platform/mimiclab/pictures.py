@@ -19,6 +19,7 @@ MIN_SCORE = 0.3
 
 _MIN_WIDTH = 320
 _MAX_WIDTH = 640
+_MAX_HEIGHT = 2560
 _GAP = 4
 _STRIP_COLOUR = "#202020"
 
@@ -44,7 +45,8 @@ def side_by_side(
 ) -> Image.Image:
     """Draw each panel's boxes over a copy of the image, the copies in one row.
 
-    Panels are 320 to 640 pixels wide: smaller images are enlarged, larger ones reduced.
+    Panels are 320 to 640 pixels wide: smaller images are enlarged, larger ones reduced. No panel is higher than 2560
+    pixels; those of very tall images are narrower for it.
 
     Args:
         image: (H, W, 3) RGB.
@@ -53,10 +55,10 @@ def side_by_side(
         min_score: Detections below it are left out.
     """
     height, width = image.shape[:2]
-    scale = min(max(width, _MIN_WIDTH), _MAX_WIDTH) / width
+    scale = min(min(max(width, _MIN_WIDTH), _MAX_WIDTH) / width, _MAX_HEIGHT / height)
     base = Image.fromarray(image)
     if scale != 1:
-        base = base.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
+        base = base.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BICUBIC)
     drawn = [_draw_panel(base, panel, classes, min_score, scale) for panel in panels]
 
     row = Image.new("RGB", (sum(part.width + _GAP for part in drawn) - _GAP, drawn[0].height), "white")

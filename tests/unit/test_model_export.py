@@ -24,7 +24,7 @@ from mimicdet.config import (
     StudentConfig,
     TeacherConfig,
 )
-from mimicdet.export import METADATA_FILE, MIN_EXPORTED_SIDE, Deployed, export_onnx, export_torch
+from mimicdet.export import METADATA_FILE, Deployed, export_onnx, export_torch, min_exported_side
 from mimicdet.interface import Detections
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -294,10 +294,23 @@ def test_pt2_finds_nothing_where_there_is_nothing(loaded: tuple[nn.Module, str])
 
 
 def test_pt2_takes_sides_from_the_smallest_it_names(loaded: tuple[nn.Module, str]) -> None:
-    images = photos(1, MIN_EXPORTED_SIDE, MIN_EXPORTED_SIDE)
+    assert min_exported_side(detector().config.pyramid) == 33
+    images = photos(1, 33, 33)
     assert_equal(rows(loaded[0](images)), detector().detect(list(images)))
-    with pytest.raises(AssertionError, match=f">= {MIN_EXPORTED_SIDE}"):
-        loaded[0](photos(1, MIN_EXPORTED_SIDE - 1, 64))
+    with pytest.raises(AssertionError, match=">= 33"):
+        loaded[0](photos(1, 32, 64))
+
+
+def test_pt2_with_all_levels_takes_sides_above_the_stride_of_the_highest(tmp_path: Path) -> None:
+    model = detector(levels=(3, 7))
+    export_torch(model, tmp_path / "x.pt2", METADATA)
+    program = torch.export.load(tmp_path / "x.pt2").module()
+    assert min_exported_side(model.config.pyramid) == 129
+    for num, height, width in ((1, 129, 129), (2, 200, 160), (1, 97 * 4, 640)):
+        images = photos(num, height, width)
+        assert_equal(rows(program(images)), model.detect(list(images)))
+    with pytest.raises(AssertionError, match=">= 129"):
+        program(photos(1, 128, 160))
 
 
 def test_pt2_carries_the_metadata_and_no_paths(torch_file: Path, loaded: tuple[nn.Module, str]) -> None:

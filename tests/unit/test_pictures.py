@@ -50,6 +50,14 @@ def test_a_small_image_is_enlarged_with_its_boxes_and_a_large_one_reduced() -> N
     assert large.getpixel((200, large.height - 480 + 100)) == colour(0)
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(2, 3000, (640, 1)), (3000, 2, (2, 2560)), (12000, 3, (1, 2560)), (1, 1, (320, 320))]
+)
+def test_images_of_any_shape_make_a_picture_of_bounded_size(height: int, width: int, size: tuple[int, int]) -> None:
+    picture = side_by_side(grey(height, width), [Panel("p", [[0, 0, width, height]], [0])], CLASSES)
+    assert (picture.width, picture.height - (STRIP if picture.width < 480 else 23)) == size
+
+
 def test_names_and_scores_are_written_over_the_box_and_stay_inside_of_the_image() -> None:
     def label_pixels(boxes: list[list[float]], scores: list[float] | None) -> int:
         picture = panel_of(side_by_side(grey(240, 320), [Panel("p", boxes, [0], scores)], CLASSES), 0)
