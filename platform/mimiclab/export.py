@@ -64,7 +64,7 @@ def export(run: Run, format: Format, output: Path | None, say: Callable[[str], o
     if format == "onnx":
         _check_packages()
     if file.is_dir() or not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
-        raise UserError(f"{file}: cannot be written, expected a file in a folder that you may write to")
+        raise UserError(f"{file}: cannot be written, expected a file in a folder that exists and that you may write to")
     detector = load_detector(run, experiment)
     aside = file.with_name(f".{file.stem}-{os.getpid()}{SUFFIXES[format]}")
     try:
