@@ -109,8 +109,7 @@ def test_a_run_that_loses_a_worker_and_two_nodes_ends_as_the_other(root: Path, o
     assert restarts[2]["repeated"] <= 1
     for event in record["events"]:
         for part in ("detection_s", "waiting_s", "start_s", "first_step_s"):
-            # Told by several processes: one that is busy tells a moment late.
-            assert -0.5 < event[part] < event["down_s"] or event["event"].startswith("drain")
+            assert 0 <= event[part] < event["down_s"] or event["event"].startswith("drain")
     assert record["weights"] == {"differing": [], "largest": 0.0}
     assert record["history_differences"] == []
 

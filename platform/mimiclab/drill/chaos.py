@@ -144,9 +144,18 @@ class Chaos:
 
     def _processes_started(self) -> float | None:
         starts = [
-            process.create_time()
+            start_time(process)
             for node in self._nodes.all()
             if node.id in self._ranks
             for process in self._rank_processes(node.name)
         ]
         return max(starts, default=None)
+
+
+def start_time(process: psutil.Process) -> float:
+    """When a process began to exist, seconds since 1970, to a hundredth.
+
+    psutil counts from the whole second in which the system started, so that its own answer is up to a second early.
+    """
+    since_boot = process.create_time() - psutil.boot_time()
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot
