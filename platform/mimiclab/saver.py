@@ -116,10 +116,7 @@ class Saver:
         Raises:
             UserError: It could not be, or is not yet.
         """
-        if self._thread is None:
-            return
-        self._thread.join(timeout_s)
-        if self._thread.is_alive() and not self._whole:
+        if not self.wait(timeout_s) and not self._whole:
             raise UserError(f"checkpoint {self._storage.name}: step {self._step} is not written after {timeout_s:g} s")
         self._give_up()
         if self._error is not None:
